@@ -1,0 +1,1 @@
+"""Activation ranges along trajectories, quantised graphs and the search for the cheapest recipe; no torch."""

@@ -1,0 +1,1 @@
+"""Weights in: checkpoints of other projects, read by name into our backbones."""

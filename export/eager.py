@@ -1,0 +1,44 @@
+"""Eager PyTorch as a :class:`~lehr.runtime.denoiser.Denoiser`: the reference side of parity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.errors import ExportFailed
+from lehr.runtime.spec import ModelSpec
+
+Array = npt.NDArray[Any]
+
+
+def eager(module: nn.Module, spec: ModelSpec, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Denoiser:
+    """Wrap ``module``, which must already have ``dtype``; floats are cast on the way in and out.
+
+    Inputs are float32 arrays and outputs float32 (float64 for a float64 module) whatever the module computes in,
+    so that formats differ in the network alone.
+    """
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        tensors = {}
+        for name, value in feeds.items():
+            tensor = torch.from_numpy(value).to(device)
+            # The timestep is a scalar of the schedule, not a value of the network: 999.0 has no bf16.
+            narrow = tensor.is_floating_point() and name != spec.timestep.name
+            tensors[name] = tensor.to(dtype if narrow or dtype is torch.float64 else tensor.dtype)
+        with torch.inference_mode():
+            returned = module(**tensors)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        if len(outputs) != len(spec.outputs):
+            raise ExportFailed(f"the module returns {len(outputs)} tensors, its spec declares {len(spec.outputs)}.")
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        return {
+            tensor.name: value.to(wide if value.is_floating_point() else value.dtype).cpu().numpy()
+            for tensor, value in zip(spec.outputs, outputs, strict=True)
+        }
+
+    return Denoiser(spec, run)

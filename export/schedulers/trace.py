@@ -1,0 +1,366 @@
+"""Any diffusers scheduler as a solver table, by running it once on basis vectors.
+
+The scheduler's own code is the compiler: it is run with x_T = e_0, F_i = e_{1+i} and the k-th noise a basis vector
+of its own, and every sample it computes is then a row of coefficients. Nothing is re-implemented, so no option can
+be forgotten. Whether the scheduler really is linear in these, is decided afterwards by a run on random numbers
+with a network that is not linear.
+
+Shape legend: N evaluations, M noises, V = 1 + N + N + M entries of a basis vector (x_T, F, clip(D), noises).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lehr.export.schedulers.basis import BrownianPath, ClipRecorder, Interceptor, Vector
+from lehr.export.schedulers.history import exact_denoised, kept_quantity
+from lehr.export.schedulers.points import Family, Point, family_of, prediction_of
+from lehr.export.schedulers.refusals import check_supported, settings
+from lehr.export.schedulers.setting import describe_options, prepare, step_arguments
+from lehr.runtime.errors import UnsupportedScheduler
+from lehr.runtime.loop import sample
+from lehr.runtime.solver_table import LearnedVariance, SolverTable
+
+# What a scheduler's code is seen to raise for configurations that it cannot run.
+BREAKS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+_CHANNELS = 3  # schedulers of the DPM-Solver family take the first 3 channels for the prediction
+_PROBE_TOLERANCE = 1e-8  # of the largest value; a scheduler that is linear agrees to 1e-11
+_LEARNED = {"learned": LearnedVariance.DIRECT, "learned_range": LearnedVariance.LOG_RANGE}
+
+
+def trace_scheduler(
+    scheduler: Any,
+    num_inference_steps: int | None = None,
+    *,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
+    schedule_options: Mapping[str, Any] | None = None,
+    step_options: Mapping[str, Any] | None = None,
+) -> SolverTable:
+    """The solver table of a diffusers scheduler; the scheduler itself is left as it was.
+
+    Args:
+        scheduler: any scheduler object of diffusers whose ``step`` is plain (model output, timestep, sample).
+        num_inference_steps: how many steps; not needed with ``timesteps`` or ``sigmas``.
+        timesteps, sigmas: a schedule of your own, where the scheduler's ``set_timesteps`` takes one.
+        mu: the shift of flow schedulers with ``use_dynamic_shifting``; :func:`dynamic_shift` computes it.
+        schedule_options: further arguments of ``set_timesteps`` (LCM's ``original_inference_steps``).
+        step_options: further arguments of ``step`` (DDIM's ``eta``, Euler's ``s_churn``).
+
+    Returns:
+        The table; ``timesteps`` are what the network is fed, ``injected`` noises come in the order in which the
+        scheduler draws them.
+
+    Raises:
+        InvalidInput: an argument that the scheduler does not take, or a schedule that it refuses.
+        UnsupportedScheduler: the scheduler or one of its options is no table, or is broken in diffusers itself.
+    """
+    check_supported(scheduler)
+    run = _Run.of(
+        prepare(scheduler, num_inference_steps, timesteps, sigmas, mu, schedule_options or {}),
+        step_arguments(scheduler, step_options or {}),
+    )
+    table = _traced(run, describe_options(scheduler, run.num_steps, timesteps, sigmas, mu, schedule_options, step_options))
+    _probe(run, table)
+    return table
+
+
+# ----------------------------------------------------------------------------------------- running a scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A scheduler with its timesteps set, ready to be copied and run."""
+
+    scheduler: Any
+    family: Family
+    timesteps: list[torch.Tensor]
+    arguments: Mapping[str, Any]
+    brownian: BrownianPath | None
+    extra_channels: bool
+
+    @classmethod
+    def of(cls, scheduler: Any, arguments: Mapping[str, Any]) -> _Run:
+        family = family_of(scheduler)
+        timesteps = list(scheduler.timesteps)
+        config = scheduler.config
+        # Of the DPM-Solver family only the epsilon branch splits the channels; the DDPM family always does.
+        splits = not hasattr(scheduler, "convert_model_output") or config.get("prediction_type") == "epsilon"
+        run = cls(
+            scheduler=scheduler,
+            family=family,
+            timesteps=timesteps[:-1] if family.ends_in_data else timesteps,
+            arguments=arguments,
+            brownian=BrownianPath() if hasattr(scheduler, "noise_sampler") else None,
+            extra_channels=config.get("variance_type") in _LEARNED and splits,
+        )
+        if run.brownian is not None:
+            zeros = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+            ask = run.brownian.ask
+
+            def nothing(sigma: Any, sigma_next: Any) -> torch.Tensor:
+                ask(sigma, sigma_next)
+                return zeros
+
+            run(zeros, lambda _i, x, _t: x, Interceptor(run.name, (1, 1, 1, 1), lambda _j: zeros), sampler=nothing)
+            run.brownian.cut()
+        return run
+
+    @property
+    def name(self) -> str:
+        return settings(self.scheduler)
+
+    @property
+    def num_steps(self) -> int:
+        return int(getattr(self.scheduler, "num_inference_steps", None) or len(self.timesteps))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        network: Callable[[int, torch.Tensor, float], torch.Tensor],
+        interceptor: Interceptor,
+        *,
+        threshold: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        sampler: Callable[[Any, Any], torch.Tensor] | None = None,
+        before: Callable[[Any, torch.Tensor], None] | None = None,
+        after: Callable[[int, Any], None] | None = None,
+    ) -> torch.Tensor:
+        """Run from ``x`` to the final sample; ``before`` and ``after`` see the scheduler around each step."""
+        scheduler = copy.deepcopy(self.scheduler)
+        if threshold is not None:
+            scheduler._threshold_sample = threshold
+        if sampler is not None:
+            scheduler.noise_sampler = sampler
+        scale = getattr(scheduler, "scale_model_input", lambda sample, _timestep: sample)
+        denoised = None
+        with torch.no_grad(), interceptor:
+            for i, t in enumerate(self.timesteps):
+                timestep = t.expand(1) if type(scheduler).__name__ == "DDPMWuerstchenScheduler" else t
+                with self._in_diffusers(i):
+                    if getattr(scheduler, "step_index", 0) is None and hasattr(scheduler, "_init_step_index"):
+                        scheduler._init_step_index(timestep)
+                    model_input = scale(x, timestep)
+                if before is not None:
+                    before(scheduler, timestep)
+                output = network(i, model_input, float(t))
+                extra = self._extra(scheduler, i, denoised)
+                with self._in_diffusers(i):
+                    result = scheduler.step(
+                        model_output=output, timestep=timestep, sample=x, return_dict=False, **extra, **self.arguments
+                    )
+                x, denoised = result[0], result[-1]
+                if after is not None:
+                    after(i, scheduler)
+        return x
+
+    @contextmanager
+    def _in_diffusers(self, i: int) -> Iterator[None]:
+        try:
+            yield
+        except BREAKS as e:
+            raise UnsupportedScheduler(
+                f"{self.name} fails in diffusers itself at evaluation {i} of {len(self.timesteps)}: "
+                f"{type(e).__name__}: {e}. Use another number of steps or another option."
+            ) from e
+
+    def _extra(self, scheduler: Any, i: int, denoised: torch.Tensor | None) -> dict[str, Any]:
+        """What the pipelines of two schedulers hand to ``step`` beside its three arguments."""
+        if type(scheduler).__name__ == "UnCLIPScheduler":
+            return {"prev_timestep": self.timesteps[i + 1] if i + 1 < len(self.timesteps) else None}
+        if type(scheduler).__name__ == "CogVideoXDPMScheduler":
+            return {"old_pred_original_sample": denoised, "timestep_back": self.timesteps[i - 1] if i else None}
+        return {}
+
+
+# ----------------------------------------------------------------------------------------------------- tracing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trace:
+    """What one run on basis vectors yields."""
+
+    rows: npt.NDArray[np.float64]  # (N + 1, V)
+    points: list[Point]
+    clips: ClipRecorder
+    kept: dict[int, tuple[float, float]]  # what a multistep scheduler keeps of an evaluation, on input and output
+    drawn_at: list[int]  # the evaluation after which each noise is drawn
+
+
+def _trace(run: _Run, variance: float) -> _Trace:
+    """Run on basis vectors; the network's extra channels, if any, are ``variance`` everywhere."""
+    n = len(run.timesteps)
+    capacity = 2 * n + 2
+    channels = _CHANNELS if run.extra_channels else 1
+    shape = (1, channels, 1, 1 + 2 * n + capacity)
+    rows: list[Vector] = []
+    points: list[Point] = []
+    drawn_at: list[int] = []
+    kept: dict[int, tuple[float, float]] = {}
+
+    def basis(index: int) -> torch.Tensor:
+        vector = torch.zeros(shape, dtype=torch.float64)
+        vector[..., index] = 1
+        return vector
+
+    def draw(j: int) -> torch.Tensor:
+        if j >= capacity:
+            raise UnsupportedScheduler(f"{run.name} draws more than two noises per evaluation; a table expects fewer.")
+        drawn_at.extend([len(rows) - 1] * (j + 1 - len(drawn_at)))
+        return basis(1 + 2 * n + j)
+
+    def network(i: int, model_input: torch.Tensor, _timestep: float) -> torch.Tensor:
+        rows.append(model_input.reshape(-1, shape[-1])[0].numpy().copy())
+        output = basis(1 + i)
+        return torch.cat([output, torch.full_like(output, variance)], dim=1) if run.extra_channels else output
+
+    def remember(i: int, scheduler: Any) -> None:
+        pair = kept_quantity(scheduler, rows[i], 1 + i)
+        if pair is not None:
+            kept[i] = pair
+
+    clips = ClipRecorder(name=run.name, inputs=rows, output_at=lambda i: 1 + i, clipped_at=lambda i: 1 + n + i)
+    if run.brownian is not None:
+        run.brownian.draw = draw
+    final = run(
+        basis(0),
+        network,
+        Interceptor(run.name, shape, draw, clips.clamp),
+        threshold=lambda estimate: clips.threshold(estimate, run.scheduler.config),
+        sampler=run.brownian,
+        before=lambda scheduler, timestep: points.append(run.family.where(scheduler, timestep)),
+        after=remember,
+    )
+    if tuple(final.shape) != shape:
+        raise UnsupportedScheduler(f"{run.name} changes the sample's shape, from {shape} to {tuple(final.shape)}.")
+    rows.append(final.reshape(-1, shape[-1])[0].numpy())
+    table = np.array(rows)
+    bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
+    if bad.size:
+        raise UnsupportedScheduler(
+            f"{run.name} gives values that are not finite in diffusers itself, from evaluation {max(bad[0] - 1, 0)} of "
+            f"{n} on. Use another number of steps or another option."
+        )
+    return _Trace(rows=table, points=points, clips=clips, kept=kept, drawn_at=drawn_at)
+
+
+def _traced(run: _Run, options: Mapping[str, Any]) -> SolverTable:
+    trace = _trace(run, 1.0)
+    n, num_noises = len(run.timesteps), len(trace.drawn_at)
+    prediction = prediction_of(run.scheduler, run.family)
+    alphas, sigmas = (np.array(values) for values in zip(*trace.points, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        on_sample, on_output = prediction.denoised_coefficients(alphas, sigmas)
+        scale = prediction.input_scale(alphas, sigmas)
+        from_input, from_output = on_sample / scale, on_output * np.ones(n)
+    for i, pair in exact_denoised(trace.kept, from_input, from_output, alphas, sigmas, scale).items():
+        from_input[i], from_output[i] = pair
+    for i, pair in trace.clips.denoised.items():
+        from_input[i], from_output[i] = pair
+    if not (np.all(np.isfinite(from_input)) and np.all(np.isfinite(from_output))):
+        raise UnsupportedScheduler(
+            f"{run.name} starts from pure noise (alpha = 0), where {prediction.kind.value} predictions say nothing "
+            "about x_0: diffusers itself returns values that are not finite. Use a v prediction or no zero SNR."
+        )
+    noises = trace.rows[:, 1 + 2 * n : 1 + 2 * n + num_noises].copy()
+    kind, slopes = None, None
+    if run.extra_channels:
+        kind, noises, slopes = _learned_variance(run, trace, noises)
+    clipped = trace.rows[:, 1 + n : 1 + 2 * n].copy() if trace.clips.op is not None else None
+    return SolverTable(
+        sampler=type(run.scheduler).__name__,
+        prediction=prediction,
+        timesteps=np.array([float(t) for t in run.timesteps]),
+        alphas=alphas,
+        sigmas=sigmas,
+        start=trace.rows[:, 0].copy(),
+        outputs=trace.rows[:, 1 : 1 + n].copy(),
+        noises=noises,
+        clipped=clipped,
+        clip=trace.clips.op,
+        variance=kind,
+        variance_slopes=slopes,
+        denoised_from_input=from_input,
+        denoised_from_output=from_output,
+        init_noise_sigma=float(getattr(run.scheduler, "init_noise_sigma", 1.0)),
+        options=options,
+    )
+
+
+def _learned_variance(
+    run: _Run, at_one: _Trace, noises: Vector
+) -> tuple[LearnedVariance, Vector, Vector | None]:
+    """Which operation the extra channels are, from runs at other values of theirs: (kind, noises, slopes)."""
+    n, first = len(run.timesteps), 1 + 2 * len(run.timesteps)
+
+    def noises_at(variance: float) -> Vector:
+        rows = _trace(run, variance).rows
+        if not np.array_equal(rows[:, :first], at_one.rows[:, :first]):
+            raise UnsupportedScheduler(f"{run.name} uses the learned variance for more than scaling injected noise.")
+        return np.asarray(rows[:, first : first + noises.shape[1]])
+
+    at_four = noises_at(4.0)
+    if np.array_equal(at_four, noises):
+        return LearnedVariance.UNUSED, noises, None
+    used = np.any(noises != 0, axis=0)
+    first_use = np.where(used, (noises != 0).argmax(axis=0), 0)
+    if any(used[j] and first_use[j] != at_one.drawn_at[j] + 1 for j in range(len(used))):
+        raise UnsupportedScheduler(f"{run.name} keeps a noise of learned variance for a later step.")
+    if run.scheduler.config.variance_type == "learned":
+        kind, slopes, expected = LearnedVariance.DIRECT, None, 2 * noises
+    else:
+        kind, at_zero = LearnedVariance.LOG_RANGE, noises_at(0.0)
+        column = np.arange(len(used))
+        slopes = np.where(used, np.log(np.where(used, noises[first_use, column] / at_zero[first_use, column], 1)), 0.0)
+        noises, expected = at_zero, at_zero * np.exp(4 * slopes)
+    if not np.allclose(at_four, expected, rtol=1e-9, atol=0):
+        raise UnsupportedScheduler(
+            f"{run.name} scales its noise by the learned variance in a way that is none of {[k.value for k in LearnedVariance]}."
+        )
+    del n
+    return kind, noises, slopes
+
+
+# ----------------------------------------------------------------------------------------------------- probing
+
+
+def _probe(run: _Run, table: SolverTable) -> None:
+    """Compare the table with the scheduler on random numbers, with a network that is not linear."""
+    generator = np.random.default_rng(0)
+    shape = (2, _CHANNELS, 2, 3)
+    x_T = generator.standard_normal(shape) * table.init_noise_sigma  # noqa: N806 - the paper's name
+    noises = [generator.standard_normal(shape) for _ in range(table.num_noises)]
+
+    def network(x: npt.NDArray[Any], timestep: float) -> npt.NDArray[Any]:
+        output = np.sin(1.5 * x + np.roll(x, 1, axis=-1) + timestep)
+        return np.concatenate([output, 0.5 + 0.5 * output[:, ::-1]], axis=1) if run.extra_channels else output
+
+    def draw(j: int) -> torch.Tensor:
+        return torch.from_numpy(noises[j])
+
+    if run.brownian is not None:
+        run.brownian.draw = draw
+    expected = run(
+        torch.from_numpy(x_T),
+        lambda _i, model_input, timestep: torch.from_numpy(network(model_input.numpy(), timestep)),
+        Interceptor(run.name, shape, draw),
+        sampler=run.brownian,
+    ).numpy()
+    actual = sample(network, table, x_T, injected=noises)
+    scale = float(np.abs(expected).max())
+    error = float(np.abs(actual - expected).max())
+    if not error <= _PROBE_TOLERANCE * max(scale, math.ulp(0.0)):
+        raise UnsupportedScheduler(
+            f"{run.name} is not linear in the network's outputs and the noises: on random numbers its table is off by "
+            f"{error / max(scale, math.ulp(0.0)):.1e} of the sample. Only clipping and thresholding of the x_0 "
+            "estimate and learned variances are understood beside linear steps."
+        )

@@ -1,0 +1,93 @@
+"""The denoiser as the loop sees it: a spec, and something that runs feeds (an engine, or eager PyTorch at export)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime.errors import InvalidInput, RunFailed
+from lehr.runtime.noise import standard_normal
+from lehr.runtime.spec import DType, ModelSpec
+
+Array = npt.NDArray[Any]
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+class Denoiser:
+    """Checked calls of one network: ``denoiser(sample, timestep, conditions) -> output``."""
+
+    def __init__(self, spec: ModelSpec, run: Run) -> None:
+        self.spec, self._run = spec, run
+
+    def __call__(self, sample: Array, timestep: float, conditions: Mapping[str, Array]) -> Array:
+        """Evaluate at one timestep for the whole batch.
+
+        Args:
+            sample: (B, C, …) in the spec's dtype.
+            timestep: what the path calls the timestep.
+            conditions: every input of ``spec.conditions`` by name.
+
+        Returns:
+            (B, C, …): the prediction, without the extra channels of a learned variance.
+
+        Raises:
+            InvalidInput: feeds that do not fit the spec.
+            RunFailed: the engine returned a shape the spec does not allow.
+        """
+        spec = self.spec
+        steps = np.full(sample.shape[0], timestep, dtype=spec.timestep.dtype.numpy)
+        feeds = {spec.sample.name: sample, spec.timestep.name: steps, **conditions}
+        bound = spec.check_feeds(feeds)
+        outputs = self._run(feeds)
+        try:
+            spec.check_outputs(outputs, bound)
+        except InvalidInput as e:
+            raise RunFailed(f"{e} The engine has a size baked in; export the model again.") from e
+        return outputs[spec.outputs[0].name][:, : sample.shape[1]]
+
+
+def class_conditions(spec: ModelSpec, labels: npt.ArrayLike) -> dict[str, Array]:
+    """The condition feeds of a class-conditional model; raises InvalidInput for a label it does not know."""
+    others = [tensor.name for tensor in spec.conditions if tensor.name != "class_labels"]
+    if spec.num_classes is None or others:
+        raise InvalidInput(f"{spec.name} is not conditioned on a class alone; its conditions: {others or 'none'}.")
+    array = np.asarray(labels, dtype=np.int64)
+    bad = array[(array < 0) | (array >= spec.num_classes)]
+    if bad.size:
+        raise InvalidInput(f"class label {bad[0]} is out of range; {spec.name} knows 0 to {spec.num_classes - 1}.")
+    return {"class_labels": array}
+
+
+def null_conditions(spec: ModelSpec, batch: int) -> dict[str, Array]:
+    """The conditions that mean "none", what guidance subtracts.
+
+    Raises:
+        InvalidInput: the model was not trained to be evaluated without its condition.
+    """
+    if spec.null_class is None:
+        raise InvalidInput(
+            f"{spec.name} has no 'no class' label, so classifier-free guidance cannot act; use --guidance-scale 1."
+        )
+    return {"class_labels": np.full(batch, spec.null_class, dtype=np.int64)}
+
+
+def synthetic_conditions(spec: ModelSpec, batch: int, seed: int) -> dict[str, Array]:
+    """Conditions for measuring where no real ones are known: classes in turn, unit normals, ones for masks and ids.
+
+    Optional sizes take their defaults. The arrays depend on ``seed`` and the sample's index only.
+    """
+    sizes = spec.default_sizes(batch=batch)
+    feeds: dict[str, Array] = {}
+    for number, tensor in enumerate(spec.conditions):
+        shape = tensor.sizes(sizes)
+        if tensor.name == "class_labels" and spec.num_classes is not None:
+            feeds[tensor.name] = (np.arange(batch) * 7 + seed) % spec.num_classes
+        elif tensor.dtype in (DType.FLOAT32, DType.FLOAT16):
+            rows = [standard_normal(seed, k, shape[1:], stream=1_000_000 + number) for k in range(shape[0])]
+            feeds[tensor.name] = np.stack(rows).astype(tensor.dtype.numpy)
+        else:
+            feeds[tensor.name] = np.ones(shape, dtype=tensor.dtype.numpy)
+    return feeds

@@ -1,0 +1,170 @@
+"""Golden data: the eager side of parity, recorded at export, read where the engine runs.
+
+Tier ``steps`` holds single evaluations at several timesteps; tier ``full`` adds whole loops. Both carry their own
+inputs, so that reading them back needs neither PyTorch nor an equal random generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime.bundle import Bundle, Edit
+from lehr.runtime.errors import BundleError
+from lehr.runtime.solver_table import SolverTable
+
+Array = npt.NDArray[Any]
+
+STEPS_FILE = "golden/steps.npz"
+INDEX_FILE = "golden/golden.json"
+
+
+class Tier(str, Enum):
+    NONE = "none"
+    STEPS = "steps"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsGolden:
+    """K evaluations along one eager trajectory.
+
+    Attributes:
+        timesteps, alphas, sigmas: (K,) float64.
+        inputs: (K, B, C, …) what the network saw.
+        outputs: (K, B, C, …) its prediction in float32.
+        conditions: name -> (B, …), the same at every timestep.
+    """
+
+    timesteps: Array
+    alphas: Array
+    sigmas: Array
+    inputs: Array
+    outputs: Array
+    conditions: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One eager loop.
+
+    Attributes:
+        name: of the case.
+        table: the solver table it ran.
+        guidance_scale: w; 1 without guidance.
+        conditions, unconditional: name -> (B, …); the second is empty without guidance.
+        x_T: (B, C, …) starting sample.
+        inputs: (N, B, C, …) what the network saw at every evaluation.
+        final: (B, C, …).
+    """
+
+    name: str
+    table: SolverTable
+    guidance_scale: float
+    conditions: Mapping[str, Array]
+    unconditional: Mapping[str, Array]
+    x_T: Array  # noqa: N815 - the paper's name
+    inputs: Array
+    final: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """How far eager itself moves in another format: (K,) score errors, and the worst loop; or why it cannot run.
+
+    ``psnr_db`` and ``snr_db`` are None in tier ``steps``.
+    """
+
+    rel_error: tuple[float, ...] = ()
+    psnr_db: float | None = None
+    snr_db: float | None = None
+    unavailable: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    tier: Tier
+    steps: StepsGolden
+    trajectories: tuple[Trajectory, ...]
+    floors: Mapping[str, Floor]  # format ("fp16", "bf16", "fp64") -> floor
+
+
+# ------------------------------------------------------------------------------------------------ write and read
+
+
+def write(edit: Edit, golden: Golden) -> None:
+    """Add golden data and its solver tables to a bundle."""
+    s = golden.steps
+    arrays = {"timesteps": s.timesteps, "alphas": s.alphas, "sigmas": s.sigmas, "inputs": s.inputs}
+    arrays |= {"outputs": s.outputs} | {f"condition.{name}": value for name, value in s.conditions.items()}
+    edit.add_arrays(STEPS_FILE, arrays)
+    cases: list[dict[str, Any]] = []
+    for t in golden.trajectories:
+        table = f"tables/{t.table.sampler}-{len(t.table)}.npz"
+        edit.add_bytes(table, t.table.to_bytes())
+        arrays = {"x_T": t.x_T, "inputs": t.inputs, "final": t.final}
+        arrays |= {f"condition.{name}": value for name, value in t.conditions.items()}
+        arrays |= {f"unconditional.{name}": value for name, value in t.unconditional.items()}
+        edit.add_arrays(f"golden/{t.name}.npz", arrays)
+        cases.append({"name": t.name, "table": table, "guidance_scale": t.guidance_scale})
+    floors = {
+        name: {
+            "rel_error": list(floor.rel_error),
+            "psnr_db": floor.psnr_db,
+            "snr_db": floor.snr_db,
+            "unavailable": floor.unavailable,
+        }
+        for name, floor in golden.floors.items()
+    }
+    edit.add_json(INDEX_FILE, {"tier": golden.tier.value, "trajectories": cases, "floors": floors})
+
+
+def read(bundle: Bundle) -> Golden:
+    """Load a bundle's golden data.
+
+    Raises:
+        BundleError: there is none, or it is damaged.
+    """
+    if INDEX_FILE not in bundle.manifest.files:
+        raise BundleError(
+            f"{bundle.root.name} holds no golden data, so nothing can be compared. "
+            "Export it again with --golden steps or --golden full."
+        )
+    index = bundle.read_json(INDEX_FILE)
+    try:
+        arrays = bundle.read_arrays(STEPS_FILE)
+        conditions = _prefixed(arrays, "condition.")
+        steps = StepsGolden(
+            **{name: value for name, value in arrays.items() if "." not in name}, conditions=conditions
+        )
+        trajectories = tuple(_read_trajectory(bundle, case) for case in index["trajectories"])
+        floors = {
+            str(name): Floor(**{**floor, "rel_error": tuple(floor["rel_error"])})
+            for name, floor in index["floors"].items()
+        }
+        return Golden(tier=Tier(index["tier"]), steps=steps, trajectories=trajectories, floors=floors)
+    except (KeyError, TypeError, ValueError) as e:
+        raise BundleError(f"the golden data of {bundle.root.name} is damaged: {e}. Export the model again.") from e
+
+
+def _read_trajectory(bundle: Bundle, case: Mapping[str, Any]) -> Trajectory:
+    arrays = bundle.read_arrays(f"golden/{case['name']}.npz")
+    return Trajectory(
+        name=str(case["name"]),
+        table=SolverTable.from_arrays(bundle.read_arrays(case["table"])),
+        guidance_scale=float(case["guidance_scale"]),
+        conditions=_prefixed(arrays, "condition."),
+        unconditional=_prefixed(arrays, "unconditional."),
+        x_T=np.asarray(arrays["x_T"]),
+        inputs=np.asarray(arrays["inputs"]),
+        final=np.asarray(arrays["final"]),
+    )
+
+
+def _prefixed(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,50 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) as a batch of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime.errors import InvalidInput
+from lehr.runtime.loop import Network
+
+Array = npt.NDArray[Any]
+Evaluate = Callable[[Array, float, Mapping[str, Array]], Array]
+
+
+def network(evaluate: Evaluate, conditions: Mapping[str, Array]) -> Network:
+    """The denoiser with its conditions fixed, as the loop wants it."""
+    return lambda sample, timestep: evaluate(sample, timestep, conditions)
+
+
+def classifier_free(
+    evaluate: Evaluate, conditions: Mapping[str, Array], unconditional: Mapping[str, Array], guidance_scale: float
+) -> Network:
+    """F_u + w (F_c - F_u), both halves in one evaluation of twice the batch.
+
+    Args:
+        evaluate: ``evaluate(sample, timestep, conditions)`` at any batch.
+        conditions, unconditional: name -> (B, …), the same names.
+        guidance_scale: w; 1 is no guidance, and then one half is enough.
+
+    Raises:
+        InvalidInput: a model without conditions, or a scale that is not finite.
+    """
+    if not np.isfinite(guidance_scale):
+        raise InvalidInput(f"the guidance scale must be finite, got {guidance_scale}.")
+    if guidance_scale == 1.0:
+        return network(evaluate, conditions)
+    if not conditions:
+        raise InvalidInput("this model has no condition, so guidance cannot act; leave --guidance-scale at 1.")
+    both = {name: np.concatenate([unconditional[name], value]) for name, value in conditions.items()}
+
+    def guided(sample: Array, timestep: float) -> Array:
+        without, with_condition = np.split(evaluate(np.concatenate([sample, sample]), timestep, both), 2)
+        difference = with_condition - without
+        difference *= sample.dtype.type(guidance_scale)
+        return np.add(without, difference, out=difference)
+
+    return guided

@@ -1,0 +1,53 @@
+"""Facts about this machine that an engine may depend on, and the process's own memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Instruction-set extensions the kernel reports, sorted; empty where it reports none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return tuple(sorted(value.split()))
+    return ()
+
+
+def cpu_name() -> str:
+    """The processor's model name, or its architecture where the kernel gives no name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def host() -> dict[str, Any]:
+    """What must agree between the machine that built a CPU engine and the one that runs it.
+
+    ``isa`` is a digest of the vector extensions: graph layouts are chosen for them.
+    """
+    vector = [f for f in cpu_features() if f.startswith(("avx", "amx", "sse", "fma", "asimd", "sve", "neon"))]
+    digest = hashlib.sha256(" ".join(vector).encode()).hexdigest()[:16]
+    return {"os": platform.system().lower(), "arch": platform.machine(), "isa": digest}
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (10^6 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

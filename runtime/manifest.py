@@ -1,0 +1,247 @@
+"""The manifest: the one file that says what a bundle is, which files belong to it and how they were made.
+
+It holds no time stamp and no machine path, so two equal exports give equal bytes. Everything read from disk is
+checked field by field; what :meth:`Manifest.from_json` returns can be trusted to have the declared types.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lehr.runtime.errors import BundleError, InvalidInput
+from lehr.runtime.names import MANIFEST_NAME, name_problem, nested_name
+from lehr.runtime.spec import ModelSpec
+
+SCHEMA_VERSION = 1
+GOLDEN_TIERS = ("none", "steps", "full")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_T = TypeVar("_T")
+
+# ------------------------------------------------------------------------------------------------- entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """A listed file: lower-case hexadecimal SHA-256 of its content, and its size."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise InvalidInput(f"sha256 {reprlib.repr(self.sha256)} must be 64 lower-case hexadecimal digits")
+        if not 0 <= self.bytes < 2**63:
+            raise InvalidInput(f"bytes is {reprlib.repr(self.bytes)}, expected a size from 0 to 2^63 - 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sha256": self.sha256, "bytes": self.bytes}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphEntry:
+    """A portable graph.
+
+    Attributes:
+        file: name of the ONNX file, such as "model/step.onnx".
+        weights: name of the safetensors file it refers to, or None for a structure-only export.
+        opset: ONNX operator set version.
+        parameters: elements in its initialisers.
+        nodes: operators in the graph.
+    """
+
+    file: str
+    weights: str | None
+    opset: int
+    parameters: int
+    nodes: int
+
+    def __post_init__(self) -> None:
+        for name in (self.file, self.weights):
+            if name is not None and (problem := name_problem(name)):
+                raise InvalidInput(f"{reprlib.repr(name)} cannot be a file in a bundle: {problem}")
+        if self.opset < 1 or self.parameters < 0 or self.nodes < 0:
+            raise InvalidInput(
+                f"a graph needs opset >= 1, parameters >= 0 and nodes >= 0, "
+                f"got {self.opset}, {self.parameters} and {self.nodes}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "weights": self.weights,
+            "opset": self.opset,
+            "parameters": self.parameters,
+            "nodes": self.nodes,
+        }
+
+
+# ------------------------------------------------------------------------------------------------ manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What ``manifest.json`` says.
+
+    Attributes:
+        model: the denoiser's contract, with its path and prediction.
+        graphs: portable graphs by role ("step").
+        files: every file of the bundle but the manifest; what is not here is not part of the bundle.
+        source: preset, folder or FILE.py:FACTORY, as the user gave it.
+        versions: versions of the packages that made the graphs.
+        command: the command line of the export.
+        golden_tier: how much eager data was recorded: "none", "steps" or "full".
+        parity: what ``lehr verify`` measured, by engine folder name.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: ModelSpec
+    graphs: Mapping[str, GraphEntry]
+    files: Mapping[str, FileEntry]
+    source: str
+    versions: Mapping[str, str]
+    command: tuple[str, ...]
+    golden_tier: str
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise InvalidInput(f"schema_version is {self.schema_version}, this Lehr writes {SCHEMA_VERSION}")
+        for name in self.files:
+            if problem := name_problem(name):
+                raise InvalidInput(f"files: {reprlib.repr(name)} cannot be a file in a bundle: {problem}")
+        if nested := nested_name(self.files):
+            raise InvalidInput(f"files: {nested[0]!r} is a file and, because of {nested[1]!r}, a folder too")
+        for role, graph in self.graphs.items():
+            for part in (graph.file, graph.weights):
+                if part is not None and part not in self.files:
+                    raise InvalidInput(f"graphs.{role} refers to {part!r}, which is not listed in files")
+        if self.golden_tier not in GOLDEN_TIERS:
+            raise InvalidInput(
+                f"golden_tier is {reprlib.repr(self.golden_tier)}, expected one of {', '.join(GOLDEN_TIERS)}"
+            )
+
+    # ------------------------------------------------------------------------------------------------ JSON
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": self.schema_version,
+            "model": self.model.to_json(),
+            "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
+            "files": {name: entry.to_json() for name, entry in self.files.items()},
+            "source": self.source,
+            "versions": dict(self.versions),
+            "command": list(self.command),
+            "golden_tier": self.golden_tier,
+            "parity": dict(self.parity),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            BundleError: another schema version, a field that is missing or unknown, or one of another type or
+                value than it may have; the message names it.
+        """
+        whole = _typed(data, dict, "the manifest")
+        _check_schema(whole)
+        _check_fields(whole, set(cls.__dataclass_fields__), "the manifest")
+        graphs = _typed(whole["graphs"], dict, "graphs")
+        files = _typed(whole["files"], dict, "files")
+        versions = _typed(whole["versions"], dict, "versions")
+        command = _typed(whole["command"], list, "command")
+        try:
+            return cls(
+                schema_version=SCHEMA_VERSION,
+                model=_model(whole["model"]),
+                graphs={role: _graph(item, f"graphs.{role}") for role, item in graphs.items()},
+                files={name: _file(item, f"files.{name}") for name, item in files.items()},
+                source=_typed(whole["source"], str, "source"),
+                versions={name: _typed(item, str, f"versions.{name}") for name, item in versions.items()},
+                command=tuple(_typed(word, str, f"command[{i}]") for i, word in enumerate(command)),
+                golden_tier=_typed(whole["golden_tier"], str, "golden_tier"),
+                parity=_typed(whole["parity"], dict, "parity"),
+            )
+        except InvalidInput as e:
+            raise _damaged(str(e)) from e
+
+
+# ------------------------------------------------------------------------------------------- reading fields
+
+
+def _damaged(problem: str) -> BundleError:
+    return BundleError(f"{MANIFEST_NAME}: {problem}. The bundle is damaged: copy or export it again.")
+
+
+def _typed(value: Any, kind: type[_T], where: str) -> _T:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        name = "null" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
+        raise _damaged(f"{_short(where)} is {name}, expected {kind.__name__}")
+    return value
+
+
+def _short(where: str) -> str:
+    return where if len(where) <= 200 else where[:200] + "…"
+
+
+def _check_fields(data: Mapping[str, Any], expected: set[str], where: str) -> None:
+    if missing := sorted(expected - set(data)):
+        raise _damaged(f"{_short(where)} lacks {', '.join(missing)}")
+    if unknown := sorted(set(data) - expected):
+        raise _damaged(f"{_short(where)} has the unknown field {reprlib.repr(unknown[0])}")
+
+
+def _check_schema(data: Mapping[str, Any]) -> None:
+    if "schema_version" not in data:
+        raise _damaged("schema_version is missing")
+    version = _typed(data["schema_version"], int, "schema_version")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"the bundle has schema version {version}, this Lehr reads {SCHEMA_VERSION}. It was made by a newer Lehr: "
+            "upgrade with pip install --upgrade lehr, or export it again with this one."
+        )
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"the bundle has schema version {version}, this Lehr reads {SCHEMA_VERSION}. It was made by an older Lehr: "
+            "export it again with lehr export."
+        )
+
+
+def _file(data: Any, where: str) -> FileEntry:
+    entry = _typed(data, dict, where)
+    _check_fields(entry, {"sha256", "bytes"}, where)
+    sha256, size = _typed(entry["sha256"], str, f"{where}.sha256"), _typed(entry["bytes"], int, f"{where}.bytes")
+    try:
+        return FileEntry(sha256=sha256, bytes=size)
+    except InvalidInput as e:
+        raise _damaged(f"{_short(where)}: {e}") from e
+
+
+def _graph(data: Any, where: str) -> GraphEntry:
+    entry = _typed(data, dict, where)
+    _check_fields(entry, {"file", "weights", "opset", "parameters", "nodes"}, where)
+    try:
+        return GraphEntry(
+            file=_typed(entry["file"], str, f"{where}.file"),
+            weights=None if entry["weights"] is None else _typed(entry["weights"], str, f"{where}.weights"),
+            opset=_typed(entry["opset"], int, f"{where}.opset"),
+            parameters=_typed(entry["parameters"], int, f"{where}.parameters"),
+            nodes=_typed(entry["nodes"], int, f"{where}.nodes"),
+        )
+    except InvalidInput as e:
+        raise _damaged(f"{_short(where)}: {e}") from e
+
+
+def _model(data: Any) -> ModelSpec:
+    fields = _typed(data, dict, "model")
+    try:
+        return ModelSpec.from_json(fields)
+    except KeyError as e:
+        raise _damaged(f"model lacks {e}") from e
+    except (InvalidInput, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise _damaged(_short(f"model: {e}")) from e

@@ -1,0 +1,88 @@
+"""Samples as a picture file."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime.errors import InvalidInput
+
+GAP = 2  # pixels between pictures
+
+
+def to_bytes(samples: npt.NDArray[Any], value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """(N, C, H, W) in ``value_range`` -> (N, H, W, C) bytes, C 1 or 3.
+
+    Raises:
+        InvalidInput: another number of channels; latents have no picture without their decoder.
+    """
+    check_channels(samples.shape)
+    low, high = value_range
+    unit = (np.clip(samples, low, high) - low) / (high - low)
+    return np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def check_channels(shape: tuple[int, ...]) -> None:
+    """Raise InvalidInput unless (N, C, H, W) samples of ``shape`` are pictures."""
+    if len(shape) != 4 or shape[1] not in (1, 3):
+        raise InvalidInput(
+            f"samples of shape {shape[1:]} are no pictures (1 or 3 channels expected); write them to a .npz file."
+        )
+
+
+def grid(pictures: npt.NDArray[np.uint8], *, columns: int | None = None, zoom: int = 1) -> npt.NDArray[np.uint8]:
+    """(N, H, W, C) -> one (rows, columns, C) picture, row by row, on white; each pixel drawn ``zoom`` times."""
+    n, height, width, channels = pictures.shape
+    columns = columns or min(n, max(1, round(math.sqrt(n * 2.5))))
+    rows = -(-n // columns)
+    shape = (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels)
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    for k, picture in enumerate(pictures):
+        y, x = (k // columns) * (height + GAP), (k % columns) * (width + GAP)
+        sheet[y : y + height, x : x + width] = picture
+    return sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def save_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
+    """Write a (H, W, C) picture; the file appears whole or not at all."""
+    from PIL import Image
+
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_npz(path: Path, samples: npt.NDArray[np.float32]) -> None:
+    """Write float32 samples under the name ``samples``; the file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, samples=samples)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Find out before the work whether ``path`` can be written.
+
+    Raises:
+        InvalidInput: an ending that is not known, a folder that does not exist, or one that cannot be written to.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise InvalidInput(f"cannot write {path.name!r}: the name must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise InvalidInput(f"cannot write {path}: the folder {path.parent} does not exist. Create it first.")
+    if path.is_dir():
+        raise InvalidInput(f"cannot write {path}: it is a folder. Name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidInput(f"cannot write {path}: no permission to write in {path.parent}.")

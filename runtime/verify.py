@@ -1,0 +1,187 @@
+"""``lehr verify``: hold an engine against the golden data in its bundle, without PyTorch.
+
+Tolerances come from the model's own noise floor: how far eager moves when it is run in another format. An engine
+in the format f may err ``FLOOR_FACTOR`` times as much as eager does in f; for fp32, whose eager error against
+fp64 is tiny, absolute limits hold the rule away from zero.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime import engine as engines
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.engine import EngineRecord
+from lehr.runtime.errors import RunFailed
+from lehr.runtime.golden import Golden, Trajectory, read
+from lehr.runtime.guidance import classifier_free
+from lehr.runtime.loop import Step, sample
+from lehr.runtime.parity import compare, relative_error, score
+
+Array = npt.NDArray[Any]
+
+FLOOR_FACTOR = 10.0  # another summation order costs about as much as eager's own rounding; a wrong weight far more
+FP32_REL_ERROR = 1e-4  # of the score, where eager's own floor is smaller still
+FP32_PSNR_DB = 60.0  # final sample; a fp32 engine that is further off computes something else
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One rung. ``passed`` None: not judged, and ``reason`` says why."""
+
+    passed: bool | None
+    reason: str
+    measures: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"passed": self.passed, "reason": self.reason, **self.measures}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """All rungs of one engine. It passes only if L0 and L1 pass and nothing that was judged fails."""
+
+    engine: str
+    levels: Mapping[str, Level]
+
+    @property
+    def passed(self) -> bool:
+        judged = {name: level.passed for name, level in self.levels.items()}
+        return judged["L0"] is True and judged["L1"] is True and judged["L2"] is not False
+
+    def to_json(self) -> dict[str, Any]:
+        levels = {name: level.to_json() for name, level in self.levels.items()}
+        return {"passed": self.passed, "engine": self.engine, "levels": levels}
+
+
+def verify(bundle: Bundle, record: EngineRecord) -> Verdict:
+    """Measure L0 to L2.
+
+    Raises:
+        BundleError: no golden data, damaged files, or an engine of another machine.
+    """
+    golden = read(bundle)
+    denoiser = Denoiser(bundle.manifest.model, engines.load(bundle, record).run)
+    l0 = _structure(denoiser, record, golden)
+    if not l0.passed:
+        unreached = Level(passed=None, reason="not reached: L0 failed")
+        return Verdict(engine=record.folder, levels={"L0": l0, "L1": unreached, "L2": unreached})
+    return Verdict(
+        engine=record.folder,
+        levels={"L0": l0, "L1": _steps(denoiser, record, golden), "L2": _trajectories(denoiser, record, golden)},
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the rungs
+
+
+def _structure(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
+    """L0: signature and shapes as the spec says, outputs finite and not constant, precision as the recipe says."""
+    steps = golden.steps
+    measures: dict[str, Any] = {"achieved_precision": dict(record.achieved_precision)}
+    try:
+        output = denoiser(steps.inputs[0], float(steps.timesteps[0]), steps.conditions)
+    except RunFailed as e:
+        return Level(passed=False, reason=str(e), measures=measures)
+    if not np.all(np.isfinite(output)):
+        return Level(passed=False, reason="the engine returned values that are not finite", measures=measures)
+    if np.ptp(output) == 0:
+        return Level(passed=False, reason="the engine returned one constant value", measures=measures)
+    if record.recipe == "fp32" and set(record.achieved_precision) - {"float", "double"}:
+        reason = f"recipe fp32 but the engine computes in {sorted(record.achieved_precision)}"
+        return Level(passed=False, reason=reason, measures=measures)
+    return Level(passed=True, reason="shapes, finiteness and precision as specified", measures=measures)
+
+
+def _steps(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
+    """L1: the score's relative error at every recorded timestep."""
+    steps, prediction = golden.steps, denoiser.spec.prediction
+    errors = []
+    for k, timestep in enumerate(steps.timesteps):
+        output = denoiser(steps.inputs[k], float(timestep), steps.conditions)
+        alpha, sigma = float(steps.alphas[k]), float(steps.sigmas[k])
+        errors.append(
+            max(
+                relative_error(
+                    score(prediction, alpha, sigma, steps.inputs[k], steps.outputs[k]),
+                    score(prediction, alpha, sigma, steps.inputs[k], output),
+                ),
+                relative_error(steps.outputs[k], output) if alpha == 0 else 0.0,
+            )
+        )
+    limit, worst = rel_error_limit(golden, record.recipe), max(errors)
+    at = f"at timestep {steps.timesteps[int(np.argmax(errors))]:g}"
+    return Level(
+        passed=worst <= limit,
+        reason=f"score error {worst:.2e} {at}, limit {limit:.2e}",
+        measures={"max_rel_error": worst, "limit": limit, "rel_error": errors, "timesteps": steps.timesteps.tolist()},
+    )
+
+
+def _trajectories(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
+    """L2: whole loops on the recorded noise; the worst case of each measure, and the drift of each step."""
+    if not golden.trajectories:
+        return Level(passed=None, reason=f"golden data of tier {golden.tier.value!r} holds no loops")
+    limit = psnr_limit(golden, record.recipe)
+    cases = {}
+    for trajectory in golden.trajectories:
+        final, drift = replay(denoiser, trajectory)
+        parity = compare(trajectory.final, final, denoiser.spec.value_range)
+        cases[trajectory.name] = {**asdict(parity), "drift": drift}
+    worst = min(cases, key=lambda name: float(cases[name]["psnr_db"]))
+    measures = {key: value for key, value in cases[worst].items() if key != "drift"}
+    return Level(
+        passed=bool(measures["psnr_db"] >= limit),
+        reason=f"final sample {measures['psnr_db']:.1f} dB ({worst}), limit {limit:.1f} dB",
+        measures={**measures, "limit_psnr_db": limit, "cases": cases},
+    )
+
+
+def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[float]]:
+    """Run a recorded loop; return the final sample and the relative drift of every evaluation's input."""
+    network = classifier_free(
+        denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale
+    )
+    drift: list[float] = []
+
+    def on_step(step: Step) -> None:
+        drift.append(relative_error(trajectory.inputs[step.index], step.sample))
+
+    return sample(network, trajectory.table, trajectory.x_T, on_step=on_step), drift
+
+
+# ------------------------------------------------------------------------------------------------- tolerances
+
+
+def rel_error_limit(golden: Golden, recipe: str) -> float:
+    """The largest score error an engine of ``recipe`` may show."""
+    floor = golden.floors.get("fp64" if recipe == "fp32" else recipe)
+    own = FLOOR_FACTOR * max(floor.rel_error) if floor and floor.rel_error else 0.0
+    return max(own, FP32_REL_ERROR)
+
+
+def psnr_limit(golden: Golden, recipe: str) -> float:
+    """The smallest PSNR of the final sample an engine of ``recipe`` may show, in dB."""
+    floor = golden.floors.get("fp64" if recipe == "fp32" else recipe)
+    if floor is None or floor.psnr_db is None:
+        return FP32_PSNR_DB
+    return min(FP32_PSNR_DB, floor.psnr_db - 20 * float(np.log10(FLOOR_FACTOR)))
+
+
+def record_parity(bundle: Bundle, verdict: Verdict) -> None:
+    """Keep the measured parity in the manifest; a bundle that cannot be written to stays as it is."""
+    short = {
+        name: {key: value for key, value in level.to_json().items() if not isinstance(value, (list, dict))}
+        for name, level in verdict.levels.items()
+    }
+    if not os.access(bundle.root, os.W_OK):
+        return
+    with bundle.edit() as edit:
+        edit.set_manifest(parity={**bundle.manifest.parity, verdict.engine: {"passed": verdict.passed, **short}})

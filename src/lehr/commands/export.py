@@ -1,0 +1,73 @@
+"""``lehr export``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from lehr.commands._output import Progress, emit, json_option
+
+
+@click.command("export")
+@click.argument("source", metavar="SOURCE")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to make: NAME.lehr.")
+@click.option("--preset", help="Architecture of a weights file: one of lehr list presets.")
+@click.option("--seed", default=0, show_default=True, help="Of random weights, where a preset has no trained ones.")
+@click.option("--structure-only", is_flag=True, help="The graph without weights; nothing can be built from it.")
+@click.option(
+    "--golden",
+    type=click.Choice(["none", "steps", "full"]),
+    help="Eager results to record for lehr verify.  [default: full up to 200M parameters, steps up to 2B]",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of eager runs.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@json_option
+def command(
+    source: str,
+    output: Path,
+    preset: str | None,
+    seed: int,
+    structure_only: bool,
+    golden: str | None,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export a denoiser from PyTorch into a new bundle.
+
+    SOURCE is a preset (with its shipped trained weights, else random ones), a .safetensors file with --preset, or
+    FILE.py:FACTORY, a function that returns a torch.nn.Module and its lehr.runtime.ModelSpec.
+
+    \b
+    Examples:
+      lehr export digits-dit -o d.lehr
+      lehr export my_model.py:make -o mine.lehr --golden steps
+    """
+    from lehr.runtime.errors import InvalidInput, MissingExtra
+
+    if sys.version_info < (3, 11):
+        raise InvalidInput("lehr export needs Python 3.11 or newer; export on another machine and copy the bundle.")
+    try:
+        from lehr.export.package import Options, export
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or "torch", "export") from e
+    from lehr.runtime.golden import Tier
+
+    options = Options(
+        preset=preset,
+        seed=seed,
+        structure_only=structure_only,
+        tier=None if golden is None else Tier(golden),
+        device=device,
+        overwrite=overwrite,
+        command=("lehr", "export", source),
+    )
+    summary = export(source, output, options, progress=Progress())
+    emit(
+        as_json,
+        summary.to_json(),
+        f"{output}: {summary.parameters:,} parameters, {summary.nodes} operators, golden data: {summary.golden}, "
+        f"{summary.seconds:.1f} s, {summary.peak_rss_mb:.0f} MB peak memory\nNext: lehr build {output} --target cpu",
+    )

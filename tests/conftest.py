@@ -1,0 +1,37 @@
+"""What every test shares: how hypothesis searches, and a clean interpreter to try imports in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[1] / "src"
+
+# No deadline: machines are shared, and the first call of a kernel compiles or loads it. On a build server the same
+# examples every time, so that a red light belongs to the change it stands beside.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("build-server", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("build-server" if os.environ.get("CI") else "here")
+
+RunPython = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def run_python() -> RunPython:
+    """A function that runs code in a new interpreter, with ``lehr`` importable, and returns its standard output."""
+
+    def run(code: str, *, path: Path = SOURCES) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
