@@ -88,7 +88,12 @@ def size_symbols(spec: ModelSpec, shapes: Mapping[str, Sequence[Any]], env: Any)
                     "Make the module compute with the input's own size, or put the number into the spec's shape."
                 )
             symbol = free.pop()
-            symbols[symbol] = dim_symbol(size) * symbol / expression
+            meaning = dim_symbol(size) * symbol / expression
+            if symbols.setdefault(symbol, meaning) != meaning:
+                raise ExportFailed(
+                    f"{_where(spec, size)} cannot be chosen freely: the module needs {size} = {expression} where "
+                    f"{symbol} = {symbols[symbol]}. Fix both in the spec's shapes, or free the module of the relation."
+                )
     for symbol, expression in env.replacements.items():
         if symbol not in symbols:
             symbols[symbol] = sympy.sympify(env.replace(expression)).xreplace(symbols)

@@ -28,8 +28,8 @@ def eager(module: nn.Module, spec: ModelSpec, *, dtype: torch.dtype = torch.floa
         for name, value in feeds.items():
             tensor = torch.from_numpy(value).to(device)
             # The timestep is a scalar of the schedule, not a value of the network: 999.0 has no bf16.
-            narrow = tensor.is_floating_point() and name != spec.timestep.name
-            tensors[name] = tensor.to(dtype if narrow or dtype is torch.float64 else tensor.dtype)
+            cast = tensor.is_floating_point() and (name != spec.timestep.name or dtype is torch.float64)
+            tensors[name] = tensor.to(dtype) if cast else tensor
         with torch.inference_mode():
             returned = module(**tensors)
         outputs = returned if isinstance(returned, tuple) else (returned,)

@@ -28,14 +28,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from lehr.engines.graph.check import MAX_OPSET, MIN_OPSET, check_graph
+from lehr.engines.graph.check import MAX_OPSET, MIN_OPSET
 from lehr.engines.graph.weights import TIED, UNUSED
 from lehr.export import dims
 from lehr.export.tidy import tidy
 from lehr.runtime.errors import ExportFailed, InvalidInput
 from lehr.runtime.spec import ModelSpec
-
-__all__ = ["DEFAULT_OPSET", "check_graph", "trace"]
 
 # Attention, Gelu, LayerNormalization and GroupNormalization stay whole (20: all but Attention and GroupNormalization
 # in pieces). Against opset 20, ONNX Runtime on one thread: DiT-S/2 .98 × the time with 596 nodes for 752, a small ADM

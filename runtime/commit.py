@@ -14,7 +14,6 @@ import fcntl
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import stat
 import time
@@ -148,7 +147,7 @@ def unlock_folder(folder: pathlib.Path, lock: int) -> None:
 
 def temporary_name() -> str:
     """A name that :func:`collect_abandoned` knows, and knows whose it is."""
-    return f"{RESERVED_PREFIX}tmp-{os.getpid()}-{secrets.token_hex(8)}"
+    return f"{RESERVED_PREFIX}tmp-{os.getpid()}-{os.urandom(8).hex()}"
 
 
 def commit(root: pathlib.Path, staging: pathlib.Path, manifest: Manifest) -> None:

@@ -33,7 +33,7 @@ class Step:
 def sample(
     network: Network,
     table: SolverTable,
-    x_T: Array,  # noqa: N803 - the paper's name
+    x_T: Array,
     *,
     injected: Sequence[Array] | Callable[[int], Array] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -90,7 +90,7 @@ class _Evaluation:
     variance: Array | None  # the network's extra channels
 
 
-def _checked(output: Array, table: SolverTable, x_T: Array) -> Array:  # noqa: N803 - the paper's name
+def _checked(output: Array, table: SolverTable, x_T: Array) -> Array:
     expected = x_T.shape if table.variance is None else (x_T.shape[0], 2 * x_T.shape[1], *x_T.shape[2:])
     if output.shape != expected:
         why = "" if table.variance is None else f" ({table.sampler} expects a learned variance beside the prediction)"
@@ -106,23 +106,24 @@ _Draw = Callable[[int, Array | None], Array]
 _Rows = Generator[Array, _Evaluation, None]
 
 
-def _recurrent(form: Recurrence, x_T: Array, draw: _Draw) -> _Rows:  # noqa: N803
+def _recurrent(form: Recurrence, x_T: Array, draw: _Draw) -> _Rows:
     """Yield the rows; is sent the evaluations. Keeps ``form.depth`` latents."""
+    like = x_T.astype(np.float64) if form.wide else x_T
     inputs: dict[int, Array] = {}
     outputs: dict[tuple[int, int], Array] = {}
     variance: Array | None = None
     for i, row in enumerate(form.rows):
-        terms = [(row.start, x_T)]
+        terms = [(row.start, like)]
         terms += [(c, inputs[j]) for j, c in row.inputs]
         terms += [(c, outputs[bank, j]) for bank, j, c in row.outputs]
         terms += [(c, draw(j, variance)) for j, c in row.noises]
-        current = _scaled_sum(terms, x_T)
+        current = _scaled_sum(terms, like)
         for key in row.expired:
             if len(key) == 1:
                 del inputs[key[0]]
             else:
                 del outputs[key[0], key[1]]
-        evaluation = yield current
+        evaluation = yield current.astype(x_T.dtype, copy=False)
         variance = evaluation.variance
         if (i,) in form.used:
             inputs[i] = current
@@ -130,12 +131,12 @@ def _recurrent(form: Recurrence, x_T: Array, draw: _Draw) -> _Rows:  # noqa: N80
             outputs[0, i] = evaluation.prediction
             if form.kept is not Kept.OUTPUT:
                 pair = ((form.from_input[i], current), (form.from_output[i], evaluation.prediction))
-                outputs[0, i] = _scaled_sum(pair, x_T)
+                outputs[0, i] = _scaled_sum(pair, like)
         if evaluation.clipped is not None and (1, i) in form.used:
             outputs[1, i] = evaluation.clipped
 
 
-def _dense(table: SolverTable, x_T: Array, draw: _Draw) -> _Rows:  # noqa: N803
+def _dense(table: SolverTable, x_T: Array, draw: _Draw) -> _Rows:
     """The same from the table itself: keeps every output, and sums in float64 since large terms may cancel."""
     evaluations: list[_Evaluation] = []
     noises: dict[int, Array] = {}
@@ -174,7 +175,9 @@ def _scaled_sum(terms: Iterable[tuple[float, Array]], like: Array) -> Array:
 
 
 def _injected(
-    given: Sequence[Array] | Callable[[int], Array] | None, table: SolverTable, x_T: Array  # noqa: N803
+    given: Sequence[Array] | Callable[[int], Array] | None,
+    table: SolverTable,
+    x_T: Array,
 ) -> _Draw:
     """``draw(j, variance)``: noise j, scaled by what the network's extra channels say."""
     if given is None:

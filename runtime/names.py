@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator
 
 MANIFEST_NAME = "manifest.json"
@@ -27,8 +26,9 @@ def name_problem(name: object) -> str | None:
     for character in name:
         if character in "\\:":
             return f"it holds {character!r}; parts are separated by '/' and there are no drives"
-        if unicodedata.category(character) in ("Cc", "Cs"):
-            return f"it holds the control character U+{ord(character):04X}"
+        code = ord(character)
+        if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000:  # a lone surrogate has no UTF-8
+            return f"it holds the control character U+{code:04X}"
     if name == MANIFEST_NAME:
         return "that name is the manifest's own"
     for part in name.split("/"):

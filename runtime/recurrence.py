@@ -7,8 +7,9 @@ tried as the quantity that the loop keeps, and the form that keeps the fewest la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -19,7 +20,8 @@ TOLERANCE = 1e-12  # of a row's largest coefficient
 _MAX_INPUTS, _MAX_OUTPUTS = 5, 6  # UniPC and SA-Solver of order 4 look back furthest
 _FEW, _MANY = 4, 8  # outputs of any age in one row: the Runge-Kutta start of PNDM reaches back 12 evaluations
 _NEGLIGIBLE = 1e-15  # of a row: what rounding leaves where the exact coefficient is 0
-_MAX_ROUNDING = 32.0  # a form may lose this many times what rounding a row once loses; the dense loop loses about 1
+_MAX_GROWTH = 1e3  # of inputs that cancel in one row
+_MAX_ROUNDING = 10.0  # in units of the float32 rounding of one row; beyond, the loop carries its state in float64
 
 
 class Kept(str, Enum):
@@ -61,6 +63,7 @@ class Recurrence:
         rows: N + 1 rows; the last one is the final sample.
         used: every input (j,) and output (bank, j) that some row uses.
         depth: how many latents are alive at once, the newest input and output included.
+        wide: rounding to float32 would add up along the rows, so the latents are kept in float64.
     """
 
     kept: Kept
@@ -69,6 +72,7 @@ class Recurrence:
     rows: tuple[Row, ...]
     used: frozenset[tuple[int, ...]]
     depth: int
+    wide: bool = False
 
 
 def find_recurrence(
@@ -100,7 +104,7 @@ def find_recurrence(
             best = found
         if best is not None and best.depth <= 1 + banks:
             break  # one input and the newest outputs: nothing is smaller
-    return best
+    return None if best is None else replace(best, wide=_rounding(best, columns) > _MAX_ROUNDING)
 
 
 # ---------------------------------------------------------------------------------------------- columns by age
@@ -220,7 +224,7 @@ def _try(columns: _Columns, table: Array, i: int, size: tuple[int, int], norms: 
             share = np.linalg.lstsq(weighted.T, aim, rcond=1e-13)[0]
     if np.abs(share @ bound - target).max() > TOLERANCE * largest:
         return None
-    if np.abs(share) @ norms[i - num_inputs : i][::-1] > _MAX_ROUNDING * norms[i]:
+    if np.abs(share) @ norms[i - num_inputs : i][::-1] > _MAX_GROWTH * norms[i]:
         return None
     return _terms(columns, table, i, share, cut, _NEGLIGIBLE * largest)
 
@@ -311,3 +315,32 @@ def _reproduces(found: Recurrence, columns: _Columns) -> bool:
             kept[i, columns.position(i)] += found.from_output[i]
     scale = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-300)
     return bool(np.all(np.abs(rows - table) <= TOLERANCE * scale))
+
+
+def _rounding(found: Recurrence, columns: _Columns) -> float:
+    """The largest error of a row, over its norm, when every row and kept quantity is rounded with relative error 1.
+
+    x_T, outputs and noises are taken to be independent unit normals; the error of each rounding is followed
+    through the later rows.
+    """
+    n = columns.evaluations
+    norms = np.sqrt(np.einsum("ij,ij->i", columns.table, columns.table))
+    errors, kept_errors, kept_norms = np.zeros((n + 1, 2 * n + 1)), np.zeros((n, 2 * n + 1)), np.ones(n)
+    for i, row in enumerate(found.rows):
+        variance = row.start**2 + sum(c * c for _, c in row.noises)
+        for j, c in row.inputs:
+            errors[i] += c * errors[j]
+            variance += (c * norms[j]) ** 2
+        for bank, j, c in row.outputs:
+            if bank == 0:
+                errors[i] += c * kept_errors[j]
+            variance += (c * (kept_norms[j] if bank == 0 else 1.0)) ** 2
+        errors[i, 2 * i] = math.sqrt(variance)
+        if i < n and found.kept is not Kept.OUTPUT:
+            on_input, on_output = found.from_input[i], found.from_output[i]
+            kept_errors[i] = on_input * errors[i]
+            kept_errors[i, 2 * i + 1] = math.hypot(on_input * norms[i], on_output)
+            quantity = on_input * columns.table[i]
+            quantity[columns.position(i)] += on_output
+            kept_norms[i] = np.linalg.norm(quantity)
+    return float((np.linalg.norm(errors, axis=1) / np.maximum(norms, 1e-300)).max())

@@ -98,7 +98,9 @@ class SolverTable:
                 continue
             shape = (n + 1, *noises) if item.name == "noises" else expected.get(item.name, (n,))
             if value.dtype != np.float64 or value.shape != shape:
-                raise InvalidInput(f"table field {item.name!r} is {value.dtype} {value.shape}, expected float64 {shape}")
+                raise InvalidInput(
+                    f"table field {item.name!r} is {value.dtype} {value.shape}, expected float64 {shape}"
+                )
             if not np.all(np.isfinite(value)):
                 raise InvalidInput(f"table field {item.name!r} holds values that are not finite")
             value.flags.writeable = False
@@ -144,7 +146,10 @@ class SolverTable:
             kept = {
                 Kept.OUTPUT: (np.zeros(len(self)), np.ones(len(self))),
                 Kept.DENOISED: (on_input, on_output),
-                Kept.NOISE: ((1 / scale - self.alphas * on_input) / self.sigmas, -self.alphas * on_output / self.sigmas),
+                Kept.NOISE: (
+                    (1 / scale - self.alphas * on_input) / self.sigmas,
+                    -self.alphas * on_output / self.sigmas,
+                ),
             }
         return find_recurrence(self.coefficients, len(self), 1 if self.clipped is None else 2, kept)
 
@@ -237,7 +242,7 @@ class TableWriter:
         self._points: list[tuple[float, float, float, float, float]] = []
 
     @property
-    def x_T(self) -> Array:  # noqa: N802 - the paper's name
+    def x_T(self) -> Array:
         """The starting sample as a vector."""
         return self._basis[0]
 

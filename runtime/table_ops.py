@@ -67,7 +67,7 @@ class DynamicThreshold:
 
 
 DenoisedOp = Clip | DynamicThreshold
-_OPS: dict[str, type[Clip] | type[DynamicThreshold]] = {"clip": Clip, "dynamic_threshold": DynamicThreshold}
+_OPS: dict[str, type[Clip | DynamicThreshold]] = {"clip": Clip, "dynamic_threshold": DynamicThreshold}
 
 
 def op_to_json(op: DenoisedOp | None) -> dict[str, Any] | None:

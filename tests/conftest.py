@@ -35,3 +35,17 @@ def run_python() -> RunPython:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def dit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``digits-dit`` exported with full golden data and built for the CPU; read-only for tests."""
+    from lehr.engines.build import build
+    from lehr.engines.target import target
+    from lehr.export.package import Options, export
+    from lehr.runtime.recipe import recipe
+
+    bundle = tmp_path_factory.mktemp("bundles") / "digits-dit.lehr"
+    export("digits-dit", bundle, Options(), progress=lambda text: None)
+    build(bundle, target("cpu"), recipe("fp32"))
+    return bundle

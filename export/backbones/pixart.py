@@ -99,7 +99,7 @@ class PixArtBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, mask_bias: Tensor) -> Tensor:
-        """x (B, L, D), t (B, 6, D), y (B, M, D), mask_bias (B, 1, 1, M)."""
+        """x (B, L, D), t (B, 6, D), y (B, M, D), mask_bias (B, 1, L, M)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (self.scale_shift_table + t).chunk(6, dim=1)
         x = x + gate_msa * self.attn(self.norm1(x) * (1 + scale_msa) + shift_msa)
         x = x + self.cross_attn(x, y, mask_bias)
@@ -175,6 +175,8 @@ class PixArt(nn.Module):
         modulation = self.t_block(t).unflatten(1, (6, p.hidden_size))
         y = self.y_embedder(encoder_hidden_states)
         mask_bias = ((1 - encoder_attention_mask.to(x.dtype)) * MASKED)[:, None, None, :]
+        # A row a query, because not every engine's attention broadcasts a mask along the queries.
+        mask_bias = mask_bias.expand(-1, -1, rows * columns, -1)
         for block in self.blocks:
             x = block(x, modulation, y, mask_bias)
         return unpatchify(self.final_layer(x, t), rows, columns, p.patch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,9 +131,7 @@ class ClipRecorder:
 
     def threshold(self, estimate: torch.Tensor, config: Any) -> torch.Tensor:
         """Stands for ``scheduler._threshold_sample(estimate)``."""
-        op = DynamicThreshold(
-            ratio=float(config.dynamic_thresholding_ratio), max_value=float(config.sample_max_value)
-        )
+        op = DynamicThreshold(ratio=float(config.dynamic_thresholding_ratio), max_value=float(config.sample_max_value))
         return self._record(estimate, op)
 
     def _record(self, estimate: torch.Tensor, op: DenoisedOp) -> torch.Tensor:
@@ -181,7 +180,7 @@ class BrownianPath:
         """Divide the intervals asked for into the smallest ones, and return how many noises they are."""
         ends = sorted({end for interval in self._asked for end in interval})
         for low, high in self._asked:
-            inside = [(a, b) for a, b in zip(ends, ends[1:], strict=False) if low <= a and b <= high]
+            inside = [(a, b) for a, b in itertools.pairwise(ends) if low <= a and b <= high]
             for piece in reversed(inside):  # a sampler goes from high noise to low
                 self._number.setdefault(piece, len(self._number))
         return len(self._number)

@@ -50,8 +50,11 @@ def exact_denoised(
 
     Args:
         kept: evaluation -> the kept quantity's coefficients.
-        from_input, from_output: (N,) D by the prediction's formula.
-        alphas, sigmas, scale: (N,) the path, and the input over x_t.
+        from_input: (N,) D's coefficient on the input by the prediction's formula.
+        from_output: (N,) likewise on F.
+        alphas: (N,) alpha_t.
+        sigmas: (N,) sigma_t.
+        scale: (N,) the input over x_t.
     """
     exact = {}
     for i, (on_input, on_output) in kept.items():

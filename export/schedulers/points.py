@@ -48,7 +48,7 @@ def _ratio(scheduler: Any, timestep: Any) -> Point:
     return _from_ratio(sigma)
 
 
-def _exploding(scheduler: Any, timestep: Any) -> Point:
+def _exploding(scheduler: Any, _timestep: Any) -> Point:
     """The sample is x_0 + r eps and ``scale_model_input`` makes it variance preserving."""
     sigmas = scheduler.sigmas
     if not getattr(scheduler, "state_in_first_order", True):
@@ -56,6 +56,8 @@ def _exploding(scheduler: Any, timestep: Any) -> Point:
         if middle is not None:
             return _from_ratio(float(middle))
         sigmas = getattr(scheduler, "sigmas_interpol", sigmas)
+        if sigmas is not scheduler.sigmas and hasattr(scheduler, "sigmas_down"):  # ancestral, one entry shorter
+            return _from_ratio(float(sigmas[scheduler.step_index - 1]))
     return _from_ratio(float(sigmas[scheduler.step_index]))
 
 
@@ -76,12 +78,12 @@ def _flow(scheduler: Any, timestep: Any) -> Point:
     return (sigma, 1 - sigma) if scheduler.config.get("invert_sigmas") else (1 - sigma, sigma)
 
 
-def _trigonometric(scheduler: Any, timestep: Any) -> Point:
+def _trigonometric(_scheduler: Any, timestep: Any) -> Point:
     """TrigFlow (sCM, Lu & Song 2024, arXiv:2410.11081): the timestep is an angle."""
     return math.cos(float(timestep)), math.sin(float(timestep))
 
 
-def _ipndm(scheduler: Any, timestep: Any) -> Point:
+def _ipndm(scheduler: Any, _timestep: Any) -> Point:
     """``betas`` is sigma, ``alphas`` its cosine."""
     return float(scheduler.alphas[scheduler.step_index]), float(scheduler.betas[scheduler.step_index])
 
@@ -103,25 +105,40 @@ def _from_ratio(ratio: float) -> Point:
 # ---------------------------------------------------------------------------------------------------- families
 
 
+def _as_predicted(prediction: Prediction, point: Point) -> float:
+    return float(prediction.input_scale(*point))
+
+
+def _preserving(_prediction: Prediction, point: Point) -> float:
+    return point[0]
+
+
+def _decoder_scale(prediction: Prediction, point: Point) -> float:
+    return float(prediction.input_scale(*point)) * math.hypot(*point)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What a scheduler class has in common with others.
 
     Attributes:
         where: the point of the path.
+        scale: what the scheduler's ``scale_model_input`` multiplies its sample by at a point.
         kind: its prediction where the configuration does not name one.
         edm: the configured prediction_type names the sign of EDM's F, not a kind.
         ends_in_data: its last timestep is the end of the schedule, not an evaluation.
     """
 
     where: Where
+    scale: Callable[[Prediction, Point], float] = _as_predicted
     kind: PredictionKind | None = None
     edm: bool = False
     ends_in_data: bool = False
 
 
 _DISCRETE, _RATIO = Family(where=_discrete), Family(where=_ratio)
-_EXPLODING, _EDM = Family(where=_exploding), Family(where=_edm, kind=PredictionKind.EDM, edm=True)
+_EXPLODING = Family(where=_exploding, scale=_preserving)
+_EDM = Family(where=_edm, kind=PredictionKind.EDM, edm=True)
 _FLOW = Family(where=_flow, kind=PredictionKind.FLOW_PREDICTION)
 _FAMILIES = {
     "DDPMScheduler": _DISCRETE,
@@ -154,7 +171,7 @@ _FAMILIES = {
     "EDMDPMSolverMultistepScheduler": _EDM,
     "CosineDPMSolverMultistepScheduler": _EDM,
     "CMStochasticIterativeScheduler": _EDM,
-    "ConsistencyDecoderScheduler": Family(where=_decoder, kind=PredictionKind.EDM, edm=True),
+    "ConsistencyDecoderScheduler": Family(where=_decoder, scale=_decoder_scale, kind=PredictionKind.EDM, edm=True),
     "FlowMatchEulerDiscreteScheduler": _FLOW,
     "FlowMatchHeunDiscreteScheduler": _FLOW,
     "FlowMatchLCMScheduler": _FLOW,

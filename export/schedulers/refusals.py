@@ -27,7 +27,10 @@ REFUSED = {
 
 PLAIN = {"self", "model_output", "timestep", "sample"}
 HANDLED = {"generator", "return_dict", "variance_noise", "pred_original_sample", "per_token_timesteps"}
-WITHIN_STEP = {"UnCLIPScheduler": {"prev_timestep"}, "CogVideoXDPMScheduler": {"old_pred_original_sample", "timestep_back"}}
+WITHIN_STEP = {
+    "UnCLIPScheduler": {"prev_timestep"},
+    "CogVideoXDPMScheduler": {"old_pred_original_sample", "timestep_back"},
+}
 
 
 def check_supported(scheduler: Any) -> None:
@@ -45,12 +48,16 @@ def check_supported(scheduler: Any) -> None:
             raise UnsupportedScheduler(f"{name} cannot become a solver table: {REFUSED[parent.__name__]}.")
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise UnsupportedScheduler(f"{name} has no step() and set_timesteps(), so it cannot be run on basis vectors.")
-    needs = [p.name for p in step_parameters(scheduler).values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    needs = [
+        p.name for p in step_parameters(scheduler).values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     unknown = sorted(set(needs) - PLAIN - WITHIN_STEP.get(name, set()))
     if unknown:
         raise UnsupportedScheduler(f"{name} cannot become a solver table: its step() also needs {', '.join(unknown)}.")
     if getattr(scheduler, "_scale_factors", None):
-        raise UnsupportedScheduler(f"{name} with scale_factors resizes the sample between steps; set scale_factors=None.")
+        raise UnsupportedScheduler(
+            f"{name} with scale_factors resizes the sample between steps; set scale_factors=None."
+        )
 
 
 def step_parameters(scheduler: Any) -> Mapping[str, inspect.Parameter]:

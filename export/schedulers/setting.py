@@ -78,14 +78,17 @@ def _check_count(
     if isinstance(num_inference_steps, bool) or not 1 <= num_inference_steps <= MAX_EVALUATIONS:
         raise InvalidInput(f"the number of steps must be 1 to {MAX_EVALUATIONS}, got {num_inference_steps}.")
     if own is not None and len(own) not in {num_inference_steps, num_inference_steps + 1}:
-        raise InvalidInput(f"{num_inference_steps} steps were asked for, but the schedule given has {len(own)} entries.")
+        raise InvalidInput(
+            f"{num_inference_steps} steps were asked for, but the schedule given has {len(own)} entries."
+        )
 
 
 def _check_known(name: str, method: str, options: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(options) - known)
     if unknown:
         raise InvalidInput(
-            f"{name}: {method} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none beside the usual'}."
+            f"{name}: {method} has no option {unknown[0]!r}; "
+            f"it has {', '.join(sorted(known)) or 'none beside the usual'}."
         )
     for key, value in options.items():
         if not (value is None or isinstance(value, (bool, int, float, str))):
@@ -122,7 +125,8 @@ def describe_options(
     }
     return {
         "num_inference_steps": num_inference_steps,
-        "config": {"_class_name": type(scheduler).__name__} | {k: _json(v) for k, v in scheduler.config.items() if k[0] != "_"},
+        "config": {"_class_name": type(scheduler).__name__}
+        | {k: _json(v) for k, v in scheduler.config.items() if k[0] != "_"},
         **{key: _json(value) for key, value in given.items() if value is not None},
     }
 

@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,16 @@ from lehr.export.schedulers.points import Family, Point, family_of, prediction_o
 from lehr.export.schedulers.refusals import check_supported, settings
 from lehr.export.schedulers.setting import describe_options, prepare, step_arguments
 from lehr.runtime.errors import UnsupportedScheduler
-from lehr.runtime.loop import sample
 from lehr.runtime.solver_table import LearnedVariance, SolverTable
+
+Samples = npt.NDArray[np.float64]
 
 # What a scheduler's code is seen to raise for configurations that it cannot run.
 BREAKS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 _CHANNELS = 3  # schedulers of the DPM-Solver family take the first 3 channels for the prediction
-_PROBE_TOLERANCE = 1e-8  # of the largest value; a scheduler that is linear agrees to 1e-11
+_PROBE_TOLERANCE = 1e-9  # of a row's terms; a scheduler that is linear agrees to 1e-13
+_ESTIMATE = 0.02  # consistency models clip an x_0 estimate that differs from EDM's by sigma_min / sigma_data, 0.4 %
+_TINY = 1e-30  # 1e-15 as an amplitude: the rest of a step does not notice it
 _LEARNED = {"learned": LearnedVariance.DIRECT, "learned_range": LearnedVariance.LOG_RANGE}
 
 
@@ -52,7 +55,8 @@ def trace_scheduler(
     Args:
         scheduler: any scheduler object of diffusers whose ``step`` is plain (model output, timestep, sample).
         num_inference_steps: how many steps; not needed with ``timesteps`` or ``sigmas``.
-        timesteps, sigmas: a schedule of your own, where the scheduler's ``set_timesteps`` takes one.
+        timesteps: timesteps of your own, where the scheduler's ``set_timesteps`` takes them.
+        sigmas: noise levels of your own, likewise.
         mu: the shift of flow schedulers with ``use_dynamic_shifting``; :func:`dynamic_shift` computes it.
         schedule_options: further arguments of ``set_timesteps`` (LCM's ``original_inference_steps``).
         step_options: further arguments of ``step`` (DDIM's ``eta``, Euler's ``s_churn``).
@@ -70,7 +74,9 @@ def trace_scheduler(
         prepare(scheduler, num_inference_steps, timesteps, sigmas, mu, schedule_options or {}),
         step_arguments(scheduler, step_options or {}),
     )
-    table = _traced(run, describe_options(scheduler, run.num_steps, timesteps, sigmas, mu, schedule_options, step_options))
+    table = _traced(
+        run, describe_options(scheduler, run.num_steps, timesteps, sigmas, mu, schedule_options, step_options)
+    )
     _probe(run, table)
     return table
 
@@ -116,6 +122,19 @@ class _Run:
             run.brownian.cut()
         return run
 
+    def without_zero_alpha(self) -> _Run:
+        """Itself, or with an alpha too small to matter where alpha is 0 and the division by it is clipped.
+
+        With a zero terminal SNR an epsilon prediction gives D = ±infinity at first, and clipping makes it ±1.
+        """
+        scheduler, config = self.scheduler, self.scheduler.config
+        clips = config.get("thresholding") or config.get("clip_sample")
+        if not (clips and config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon"):
+            return self
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.clamp(min=_TINY)
+        return replace(self, scheduler=scheduler)
+
     @property
     def name(self) -> str:
         return settings(self.scheduler)
@@ -132,7 +151,7 @@ class _Run:
         *,
         threshold: Callable[[torch.Tensor], torch.Tensor] | None = None,
         sampler: Callable[[Any, Any], torch.Tensor] | None = None,
-        before: Callable[[Any, torch.Tensor], None] | None = None,
+        before: Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
         after: Callable[[int, Any], None] | None = None,
     ) -> torch.Tensor:
         """Run from ``x`` to the final sample; ``before`` and ``after`` see the scheduler around each step."""
@@ -151,7 +170,7 @@ class _Run:
                         scheduler._init_step_index(timestep)
                     model_input = scale(x, timestep)
                 if before is not None:
-                    before(scheduler, timestep)
+                    before(scheduler, timestep, x, model_input)
                 output = network(i, model_input, float(t))
                 extra = self._extra(scheduler, i, denoised)
                 with self._in_diffusers(i):
@@ -198,7 +217,7 @@ class _Trace:
 
 def _trace(run: _Run, variance: float) -> _Trace:
     """Run on basis vectors; the network's extra channels, if any, are ``variance`` everywhere."""
-    n = len(run.timesteps)
+    n, prediction = len(run.timesteps), prediction_of(run.scheduler, run.family)
     capacity = 2 * n + 2
     channels = _CHANNELS if run.extra_channels else 1
     shape = (1, channels, 1, 1 + 2 * n + capacity)
@@ -223,6 +242,17 @@ def _trace(run: _Run, variance: float) -> _Trace:
         output = basis(1 + i)
         return torch.cat([output, torch.full_like(output, variance)], dim=1) if run.extra_channels else output
 
+    def locate(scheduler: Any, timestep: torch.Tensor, x: torch.Tensor, model_input: torch.Tensor) -> None:
+        if not bool(torch.isfinite(model_input).all()):
+            raise _not_finite(run, len(points) - 1)
+        points.append(run.family.where(scheduler, timestep))
+        scale = run.family.scale(prediction, points[-1])
+        if not torch.allclose(model_input, scale * x, rtol=1e-4, atol=1e-6 * float(x.abs().max())):
+            raise UnsupportedScheduler(
+                f"{run.name} scales its input at timestep {float(timestep):g} as no noise level of its family does, so "
+                "the level cannot be read."
+            )
+
     def remember(i: int, scheduler: Any) -> None:
         pair = kept_quantity(scheduler, rows[i], 1 + i)
         if pair is not None:
@@ -231,26 +261,28 @@ def _trace(run: _Run, variance: float) -> _Trace:
     clips = ClipRecorder(name=run.name, inputs=rows, output_at=lambda i: 1 + i, clipped_at=lambda i: 1 + n + i)
     if run.brownian is not None:
         run.brownian.draw = draw
-    final = run(
+    final = run.without_zero_alpha()(
         basis(0),
         network,
         Interceptor(run.name, shape, draw, clips.clamp),
         threshold=lambda estimate: clips.threshold(estimate, run.scheduler.config),
         sampler=run.brownian,
-        before=lambda scheduler, timestep: points.append(run.family.where(scheduler, timestep)),
+        before=locate,
         after=remember,
     )
     if tuple(final.shape) != shape:
         raise UnsupportedScheduler(f"{run.name} changes the sample's shape, from {shape} to {tuple(final.shape)}.")
     rows.append(final.reshape(-1, shape[-1])[0].numpy())
-    table = np.array(rows)
-    bad = np.flatnonzero(~np.isfinite(table).all(axis=1))
-    if bad.size:
-        raise UnsupportedScheduler(
-            f"{run.name} gives values that are not finite in diffusers itself, from evaluation {max(bad[0] - 1, 0)} of "
-            f"{n} on. Use another number of steps or another option."
-        )
-    return _Trace(rows=table, points=points, clips=clips, kept=kept, drawn_at=drawn_at)
+    if not bool(torch.isfinite(final).all()):
+        raise _not_finite(run, n - 1)
+    return _Trace(rows=np.array(rows), points=points, clips=clips, kept=kept, drawn_at=drawn_at)
+
+
+def _not_finite(run: _Run, i: int) -> UnsupportedScheduler:
+    return UnsupportedScheduler(
+        f"{run.name} gives values that are not finite in diffusers itself, at evaluation {i} of {len(run.timesteps)}. "
+        "Use another number of steps or another option."
+    )
 
 
 def _traced(run: _Run, options: Mapping[str, Any]) -> SolverTable:
@@ -260,11 +292,16 @@ def _traced(run: _Run, options: Mapping[str, Any]) -> SolverTable:
     alphas, sigmas = (np.array(values) for values in zip(*trace.points, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         on_sample, on_output = prediction.denoised_coefficients(alphas, sigmas)
-        scale = prediction.input_scale(alphas, sigmas)
+        scale = np.asarray(prediction.input_scale(alphas, sigmas), np.float64)
         from_input, from_output = on_sample / scale, on_output * np.ones(n)
     for i, pair in exact_denoised(trace.kept, from_input, from_output, alphas, sigmas, scale).items():
         from_input[i], from_output[i] = pair
     for i, pair in trace.clips.denoised.items():
+        size = max(abs(from_input[i]), abs(from_output[i]))
+        if not max(abs(pair[0] - from_input[i]), abs(pair[1] - from_output[i])) <= _ESTIMATE * size:
+            raise UnsupportedScheduler(
+                f"{run.name} clips something other than the x_0 estimate at evaluation {i}; a table clips nothing else."
+            )
         from_input[i], from_output[i] = pair
     if not (np.all(np.isfinite(from_input)) and np.all(np.isfinite(from_output))):
         raise UnsupportedScheduler(
@@ -296,11 +333,9 @@ def _traced(run: _Run, options: Mapping[str, Any]) -> SolverTable:
     )
 
 
-def _learned_variance(
-    run: _Run, at_one: _Trace, noises: Vector
-) -> tuple[LearnedVariance, Vector, Vector | None]:
+def _learned_variance(run: _Run, at_one: _Trace, noises: Vector) -> tuple[LearnedVariance, Vector, Vector | None]:
     """Which operation the extra channels are, from runs at other values of theirs: (kind, noises, slopes)."""
-    n, first = len(run.timesteps), 1 + 2 * len(run.timesteps)
+    first = 1 + 2 * len(run.timesteps)
 
     def noises_at(variance: float) -> Vector:
         rows = _trace(run, variance).rows
@@ -324,9 +359,9 @@ def _learned_variance(
         noises, expected = at_zero, at_zero * np.exp(4 * slopes)
     if not np.allclose(at_four, expected, rtol=1e-9, atol=0):
         raise UnsupportedScheduler(
-            f"{run.name} scales its noise by the learned variance in a way that is none of {[k.value for k in LearnedVariance]}."
+            f"{run.name} scales its noise by the learned variance in another way than "
+            f"{', '.join(known.value for known in LearnedVariance)}."
         )
-    del n
     return kind, noises, slopes
 
 
@@ -334,33 +369,53 @@ def _learned_variance(
 
 
 def _probe(run: _Run, table: SolverTable) -> None:
-    """Compare the table with the scheduler on random numbers, with a network that is not linear."""
+    """Check every row on random numbers, with a network that is not linear.
+
+    The rows are fed the outputs that the scheduler itself met, so that rounding cannot grow from row to row.
+    """
     generator = np.random.default_rng(0)
     shape = (2, _CHANNELS, 2, 3)
-    x_T = generator.standard_normal(shape) * table.init_noise_sigma  # noqa: N806 - the paper's name
+    x_T = generator.standard_normal(shape) * table.init_noise_sigma
     noises = [generator.standard_normal(shape) for _ in range(table.num_noises)]
+    inputs: list[Samples] = []
+    outputs: list[Samples] = []
 
-    def network(x: npt.NDArray[Any], timestep: float) -> npt.NDArray[Any]:
+    def network(_i: int, model_input: torch.Tensor, timestep: float) -> torch.Tensor:
+        x = model_input.numpy().copy()
         output = np.sin(1.5 * x + np.roll(x, 1, axis=-1) + timestep)
-        return np.concatenate([output, 0.5 + 0.5 * output[:, ::-1]], axis=1) if run.extra_channels else output
+        inputs.append(x)
+        outputs.append(output)
+        extra = [0.5 + 0.5 * output[:, ::-1]] if run.extra_channels else []
+        return torch.from_numpy(np.concatenate([output, *extra], axis=1))
 
     def draw(j: int) -> torch.Tensor:
         return torch.from_numpy(noises[j])
 
     if run.brownian is not None:
         run.brownian.draw = draw
-    expected = run(
-        torch.from_numpy(x_T),
-        lambda _i, model_input, timestep: torch.from_numpy(network(model_input.numpy(), timestep)),
-        Interceptor(run.name, shape, draw),
-        sampler=run.brownian,
-    ).numpy()
-    actual = sample(network, table, x_T, injected=noises)
-    scale = float(np.abs(expected).max())
-    error = float(np.abs(actual - expected).max())
-    if not error <= _PROBE_TOLERANCE * max(scale, math.ulp(0.0)):
+    final = run(torch.from_numpy(x_T), network, Interceptor(run.name, shape, draw), sampler=run.brownian).numpy()
+    if not np.all(np.isfinite(final)):
+        raise _not_finite(run, len(table) - 1)
+    clip, clipped = table.clip, []
+    if clip is not None:
+        pairs = zip(table.denoised_from_input, table.denoised_from_output, inputs, outputs, strict=True)
+        clipped = [clip(on_input * x + on_output * output) for on_input, on_output, x, output in pairs]
+    if table.variance is not None:
+        slopes = np.zeros(len(noises)) if table.variance_slopes is None else table.variance_slopes
+        first_use = (table.noises != 0).argmax(axis=0)
+        for j, noise in enumerate(noises):
+            if first_use[j] > 0:
+                noises[j] = table.variance.scale(
+                    noise, 0.5 + 0.5 * outputs[first_use[j] - 1][:, ::-1], float(slopes[j])
+                )
+    vectors = np.stack([x_T, *outputs, *clipped, *noises]).reshape(1 + len(outputs) + len(clipped) + len(noises), -1)
+    expected = np.stack([*inputs, final]).reshape(len(table) + 1, -1)
+    error = np.abs(table.coefficients @ vectors - expected).max(axis=1)
+    size = (np.abs(table.coefficients) @ np.abs(vectors)).max(axis=1)
+    worst = int(np.argmax(error / np.maximum(size, math.ulp(0.0))))
+    if not error[worst] <= _PROBE_TOLERANCE * size[worst]:
         raise UnsupportedScheduler(
-            f"{run.name} is not linear in the network's outputs and the noises: on random numbers its table is off by "
-            f"{error / max(scale, math.ulp(0.0)):.1e} of the sample. Only clipping and thresholding of the x_0 "
-            "estimate and learned variances are understood beside linear steps."
+            f"{run.name} is not linear in the network's outputs and the noises: on random numbers row {worst} of its "
+            f"table is off by {error[worst] / size[worst]:.1e}. Only clipping and thresholding of the x_0 estimate and "
+            "learned variances are understood beside linear steps."
         )

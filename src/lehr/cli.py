@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; every expected failure is one message and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        lehr.main(args=arguments, prog_name="lehr", standalone_mode=False)
-    except click.exceptions.Exit as e:
-        sys.exit(e.exit_code)
+        code = lehr.main(args=arguments, prog_name="lehr", standalone_mode=False)
     except click.ClickException as e:
         e.show()
         _fail(arguments, type(e).__name__, e.format_message(), 2)
@@ -89,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = f"{where}{e.strerror or e}. Check the path, its permissions and the space left."
         click.echo(f"lehr: {message}", err=True)
         _fail(arguments, "OSError", message, 2 if e.filename else 7)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)  # click returns the code of its own Exit here
 
 
 def _fail(arguments: list[str], kind: str, message: str, code: int) -> None:

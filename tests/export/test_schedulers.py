@@ -83,7 +83,9 @@ def noise_from(scheduler: Any, noises: list[np.ndarray]) -> Iterator[None]:
     before = [module.randn_tensor for module in modules]
     queue = iter(noises)
 
-    def randn_tensor(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> Any:
+    def randn_tensor(
+        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+    ) -> Any:
         noise = torch.from_numpy(next(queue)).to(dtype or torch.float32)
         return noise if noise.shape == tuple(shape) else torch.zeros(shape, dtype=noise.dtype)
 
@@ -149,7 +151,9 @@ class Case:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in parts.items())}) at {self.steps} steps"
 
     def make(self) -> Any:
-        options = {key: FUNCTIONS.get(value, value) if key == "tau_func" else value for key, value in self.options.items()}
+        options = {
+            key: FUNCTIONS.get(value, value) if key == "tau_func" else value for key, value in self.options.items()
+        }
         return scheduler_class(self.name)(**options)
 
     def trace(self, scheduler: Any) -> SolverTable:
@@ -405,3 +409,333 @@ def judge(cases: list[Case]) -> dict[str, Any]:
             if o.kind == "different"
         ],
     }
+
+
+@pytest.mark.parametrize("name", [name for name in AXES if "Parallel" not in name])
+def test_every_single_option_gives_a_table_equal_to_the_scheduler(name: str) -> None:
+    result = judge(one_at_a_time(name))
+
+    assert not result["different"], "\n".join(result["different"])
+    assert result["equal"] >= 0.6 * result["configurations"]  # the rest is broken in diffusers itself
+    assert result["without_recurrence"] == 0
+
+
+@pytest.mark.long
+def test_the_full_grid_of_options_gives_tables_equal_to_the_schedulers() -> None:
+    names = (
+        os.environ.get("LEHR_GRID_SCHEDULERS", "").split(",") if os.environ.get("LEHR_GRID_SCHEDULERS") else list(AXES)
+    )
+    results = {name: judge(one_at_a_time(name) + many_at_a_time(name, 300)) for name in names}
+    if os.environ.get("LEHR_RECORD_RESULTS"):
+        record(results)
+    different = [text for result in results.values() for text in result["different"]]
+
+    assert not different, "\n".join(different)
+
+
+def record(results: dict[str, dict[str, Any]]) -> None:
+    """Keep the counts of the last full grid beside the benchmarks; classes not run keep their last result."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"schedulers": {}}
+    kept = {name: {k: v for k, v in result.items() if k != "reasons"} for name, result in results.items()}
+    merged = {**before["schedulers"], **kept}
+    numbers = ("configurations", "equal", "refused", "invalid", "without_recurrence")
+    data = {
+        "command": "LEHR_RECORD_RESULTS=1 python -m pytest -m long tests/export/test_schedulers.py",
+        "what": "traced table against the scheduler on the same noise, a network that is not linear in the loop; equal: "
+        "float32 and float64 both within max(2e-6, twice the scheduler's own float32-float64 gap); refused: diffusers "
+        "itself fails or is not finite there; invalid: its constructor refuses the options",
+        "environment": {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            **{module.__name__: module.__version__ for module in (np, torch, diffusers)},
+        },
+        "total": {
+            **{key: sum(result[key] for result in merged.values()) for key in numbers},
+            "different": sum(len(result["different"]) for result in merged.values()),
+        },
+        "schedulers": merged,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- what it says
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("DDIMScheduler", {"clip_sample": False}),
+        ("DDPMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}),
+        ("DDPMScheduler", {"clip_sample": False, "prediction_type": "sample"}),
+        ("DDIMInverseScheduler", {"clip_sample": False}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("KDPM2DiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("KDPM2AncestralDiscreteScheduler", {}),
+        ("LMSDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("EDMEulerScheduler", {"prediction_type": "v_prediction"}),
+        ("EDMEulerScheduler", {"sigma_data": 1.0}),
+        ("CogVideoXDDIMScheduler", {"prediction_type": "v_prediction"}),
+        ("SCMScheduler", {}),
+        ("UnCLIPScheduler", {"clip_sample": False}),
+    ],
+)
+def test_denoised_is_what_the_scheduler_calls_the_predicted_original_sample(name: str, options: dict[str, Any]) -> None:
+    case = Case(name=name, options=options, steps=2 if name == "SCMScheduler" else 6)
+    scheduler = case.make()
+    table = case.trace(scheduler)
+    seen: list[Step] = []
+    noises = [np.random.default_rng(j).standard_normal(SHAPE) for j in range(table.num_noises)]
+    x_T = np.random.default_rng(1).standard_normal(SHAPE) * table.init_noise_sigma
+    sample(lambda x, t: network(x, t, extra=False), table, x_T, injected=noises, on_step=seen.append)
+    prepared = case.prepared(scheduler)
+    x, expected = torch.from_numpy(x_T), []
+    with noise_from(prepared, noises):
+        for i, t in enumerate(prepared.timesteps[: len(table)]):
+            scaled = prepared.scale_model_input(x, t) if hasattr(prepared, "scale_model_input") else x
+            output = torch.from_numpy(network(scaled.numpy(), float(t), extra=False))
+            following = prepared.timesteps[i + 1] if i + 1 < len(prepared.timesteps) else None
+            more = {"prev_timestep": following} if name == "UnCLIPScheduler" else {}
+            result = prepared.step(output, t, x, return_dict=False, **more)
+            x = result[0].double()
+            expected.append(result[1].numpy())
+
+    for step, original in zip(seen, expected, strict=True):
+        assert relative(step.denoised, original) < 2e-5
+
+
+def test_the_input_lies_on_the_path_that_the_table_names() -> None:
+    x_0, eps = np.random.default_rng(0).standard_normal((2, 1, 3, 4, 4))
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler", "EDMEulerScheduler"):
+        table = trace_scheduler(scheduler_class(name)(), 8)
+        scale = table.prediction.input_scale(table.alphas, table.sigmas)
+        for i in range(8):
+            x_t = table.alphas[i] * x_0 + table.sigmas[i] * eps
+            on_sample, on_output = table.prediction.denoised_coefficients(table.alphas[i], table.sigmas[i])
+            exact = (x_0 - on_sample * x_t) / on_output  # the output of a perfect network
+            denoised = table.denoised_from_input[i] * scale[i] * x_t + table.denoised_from_output[i] * exact
+            assert relative(denoised, x_0) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name,options,kind,sign",
+    [
+        ("DDIMScheduler", {}, PredictionKind.EPSILON, 1),
+        ("DDIMScheduler", {"prediction_type": "sample"}, PredictionKind.SAMPLE, 1),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, PredictionKind.FLOW_PREDICTION, 1),
+        ("FlowMatchEulerDiscreteScheduler", {}, PredictionKind.FLOW_PREDICTION, 1),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, PredictionKind.FLOW_PREDICTION, -1),
+        ("EDMEulerScheduler", {}, PredictionKind.EDM, 1),
+        ("EDMEulerScheduler", {"prediction_type": "v_prediction"}, PredictionKind.EDM, -1),
+        ("IPNDMScheduler", {}, PredictionKind.V_PREDICTION, 1),
+    ],
+)  # fmt: skip
+def test_the_table_names_the_prediction(name: str, options: dict[str, Any], kind: PredictionKind, sign: int) -> None:
+    prediction = trace_scheduler(scheduler_class(name)(**options), 5).prediction
+
+    assert (prediction.kind, prediction.sign) == (kind, sign)
+
+
+@pytest.mark.parametrize(
+    "name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler"]
+)
+def test_timesteps_and_the_starting_scale_are_the_schedulers(name: str) -> None:
+    scheduler = scheduler_class(name)()
+    table = trace_scheduler(scheduler, 4)
+    scheduler.set_timesteps(4)
+
+    assert table.timesteps.tolist() == [float(t) for t in scheduler.timesteps]
+    assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-12)
+
+
+def test_clipping_thresholding_and_learned_variance_become_operations() -> None:
+    make = scheduler_class("DDPMScheduler")
+
+    assert trace_scheduler(make(clip_sample_range=0.7), 5).clip == Clip(limit=0.7)
+    thresholded = trace_scheduler(make(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=3.0), 5)
+    assert thresholded.clip == DynamicThreshold(ratio=0.9, max_value=3.0)
+    assert trace_scheduler(make(clip_sample=False), 5).clip is None
+    assert trace_scheduler(make(variance_type="learned_range"), 5).variance is LearnedVariance.LOG_RANGE
+    assert trace_scheduler(make(variance_type="learned"), 5).variance is LearnedVariance.DIRECT
+    solver = scheduler_class("DPMSolverMultistepScheduler")(variance_type="learned_range")
+    assert trace_scheduler(solver, 5).variance is LearnedVariance.UNUSED
+
+
+def test_a_traced_table_survives_saving() -> None:
+    make = scheduler_class("DDPMScheduler")
+    table = trace_scheduler(make(variance_type="learned_range", thresholding=True), 5)
+    with np.load(_file(table.to_bytes())) as arrays:
+        again = SolverTable.from_arrays(dict(arrays))
+
+    assert again.to_bytes() == table.to_bytes()
+    assert again.options["config"]["_class_name"] == "DDPMScheduler"
+    assert again.options["config"]["thresholding"] is True
+
+
+def _file(data: bytes) -> Any:
+    import io
+
+    return io.BytesIO(data)
+
+
+def test_tracing_leaves_the_scheduler_as_it_was() -> None:
+    scheduler = scheduler_class("UniPCMultistepScheduler")()
+    scheduler.set_timesteps(7)
+    timesteps = scheduler.timesteps.clone()
+    trace_scheduler(scheduler, 12)
+
+    assert torch.equal(scheduler.timesteps, timesteps)
+    assert scheduler.step_index is None
+    assert scheduler.model_outputs == [None, None]
+
+
+def test_tracing_twice_gives_the_same_table() -> None:
+    scheduler = scheduler_class("DPMSolverSDEScheduler")()
+
+    assert trace_scheduler(scheduler, 6).to_bytes() == trace_scheduler(scheduler, 6).to_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "name,arguments,reason",
+    [
+        ("ScoreSdeVeScheduler", {}, "norm"),
+        ("KarrasVeScheduler", {}, "edm_stochastic"),
+        ("RePaintScheduler", {}, "back in time"),
+        ("AmusedScheduler", {"mask_token_id": 0}, "discrete tokens"),
+        ("VQDiffusionScheduler", {"num_vec_classes": 8}, "discrete tokens"),
+        ("PiflowScheduler", {}, "grid of velocities"),
+        ("HeliosDMDScheduler", {}, "its own pipeline"),
+        ("FlowMatchLCMScheduler", {"scale_factors": [1.0, 2.0]}, "scale_factors"),
+        ("PNDMScheduler", {"prediction_type": "sample"}, "prediction_type given as sample"),
+        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "not finite in diffusers"),
+        ("LCMScheduler", {"rescale_betas_zero_snr": True}, "not finite in diffusers"),
+        ("TCDScheduler", {"rescale_betas_zero_snr": True}, "not finite in diffusers"),
+    ],
+)
+def test_what_cannot_be_a_table_is_refused_by_name_with_the_reason(
+    name: str, arguments: dict[str, Any], reason: str
+) -> None:
+    kind = getattr(schedulers, name, None) or getattr(importlib.import_module("diffusers.schedulers.deprecated"), name)
+
+    with pytest.raises(UnsupportedScheduler, match=reason) as caught:
+        trace_scheduler(kind(**arguments), 10)
+    assert name in str(caught.value)
+
+
+def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
+    class Squashed(schedulers.DDIMScheduler):  # type: ignore[misc, name-defined]
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return (torch.tanh(super().step(model_output, timestep, sample, return_dict=False)[0]),)
+
+    with pytest.raises(UnsupportedScheduler, match=r"Squashed.*is not linear"):
+        trace_scheduler(Squashed(clip_sample=False), 4)
+
+
+def test_a_scheduler_that_clips_its_sample_is_refused() -> None:
+    class Clamped(schedulers.DDIMScheduler):  # type: ignore[misc, name-defined]
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return (super().step(model_output, timestep, sample, return_dict=False)[0].clamp(-3, 3),)
+
+    with pytest.raises(UnsupportedScheduler, match="clips something other than the x_0 estimate"):
+        trace_scheduler(Clamped(clip_sample=False), 4)
+
+
+def test_a_scheduler_of_unknown_kind_is_refused() -> None:
+    class Own(diffusers.SchedulerMixin, diffusers.ConfigMixin):  # type: ignore[misc, name-defined]
+        @diffusers.configuration_utils.register_to_config
+        def __init__(self) -> None: ...
+
+        def set_timesteps(self, num_inference_steps: int) -> None:
+            self.timesteps = torch.arange(num_inference_steps)
+
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return (sample - model_output,)
+
+    with pytest.raises(UnsupportedScheduler, match="Own is no scheduler class known"):
+        trace_scheduler(Own(), 4)
+    with pytest.raises(InvalidInput, match="expected a diffusers scheduler, got str"):
+        trace_scheduler("ddim", 4)
+
+
+@pytest.mark.parametrize(
+    "arguments,reason",
+    [
+        ({}, "how many steps"),
+        ({"num_inference_steps": 0}, "must be 1 to"),
+        ({"num_inference_steps": -3}, "must be 1 to"),
+        ({"num_inference_steps": 2000}, "cannot be larger"),
+        ({"num_inference_steps": 5, "timesteps": [900, 500]}, "has 2 entries"),
+        ({"timesteps": []}, "empty"),
+        ({"timesteps": [1, 5, 9]}, "descending"),
+        ({"num_inference_steps": 5, "sigmas": [3.0, 2.0, 1.0, 0.5, 0.1]}, "takes no sigmas"),
+        ({"num_inference_steps": 5, "mu": 1.0}, "takes no mu"),
+        ({"num_inference_steps": 5, "step_options": {"eta": 1.0}}, "step has no option 'eta'"),
+        ({"num_inference_steps": 5, "step_options": {"generator": 1}}, "step has no option 'generator'"),
+        ({"num_inference_steps": 5, "schedule_options": {"strength": 1.0}}, "set_timesteps has no option 'strength'"),
+    ],
+)
+def test_arguments_that_the_scheduler_does_not_take_are_refused(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        trace_scheduler(scheduler_class("DDPMScheduler")(), **arguments)
+
+
+def test_dynamic_shifting_needs_mu_and_computes_it() -> None:
+    scheduler = scheduler_class("FlowMatchEulerDiscreteScheduler")(use_dynamic_shifting=True)
+
+    with pytest.raises(InvalidInput, match="mu must be given"):
+        trace_scheduler(scheduler, 4)
+    assert dynamic_shift(scheduler, 256) == pytest.approx(0.5)
+    assert dynamic_shift(scheduler, 4096) == pytest.approx(1.15)
+    table = trace_scheduler(scheduler, 4, mu=dynamic_shift(scheduler, 4096), sigmas=[1.0, 0.75, 0.5, 0.25])
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)
+    assert table.timesteps == pytest.approx(scheduler.timesteps.numpy(), rel=1e-6)
+    with pytest.raises(InvalidInput, match="must be positive"):
+        dynamic_shift(scheduler, 0)
+    with pytest.raises(InvalidInput, match="give mu itself"):
+        dynamic_shift(scheduler_class("DDIMScheduler")(), 256)
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_scheduler_is_loaded_from_a_folder_a_pipeline_or_a_file(tmp_path: Path) -> None:
+    scheduler_class("DPMSolverMultistepScheduler")(solver_order=3, use_karras_sigmas=True).save_pretrained(
+        tmp_path / "scheduler"
+    )
+
+    for source in (tmp_path, tmp_path / "scheduler", str(tmp_path / "scheduler" / "scheduler_config.json")):
+        loaded = load_scheduler(source)
+        assert type(loaded).__name__ == "DPMSolverMultistepScheduler"
+        assert (loaded.config.solver_order, loaded.config.use_karras_sigmas) == (3, True)
+
+
+@pytest.mark.parametrize(
+    "text,error,reason",
+    [
+        ("{", InvalidInput, "is no JSON"),
+        ("[" * 100_000, InvalidInput, "is no JSON"),
+        ("[1]", InvalidInput, "does not name a scheduler"),
+        ("{}", InvalidInput, "does not name a scheduler"),
+        ('{"_class_name": "DDIMSchedular"}', UnknownName, "Did you mean 'DDIMScheduler'"),
+        ('{"_class_name": "SchedulerMixin"}', UnknownName, "unknown scheduler"),
+        ('{"_class_name": "DDIMScheduler", "beta_schedule": "quartic"}', InvalidInput, "quartic"),
+        ('{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}', InvalidInput, "not a configuration"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str, error: type[LehrError], reason: str) -> None:
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(text)
+
+    with pytest.raises(error, match=reason):
+        load_scheduler(path)
+
+
+def test_a_folder_without_a_scheduler_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="found no scheduler"):
+        load_scheduler(tmp_path)

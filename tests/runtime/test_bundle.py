@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -352,13 +354,28 @@ def test_a_file_is_hashed_once_and_again_when_it_changed(bundle: Bundle, monkeyp
     assert len(hashed) == 2 + len(bundle.names())
 
 
-def test_a_young_file_that_changes_within_its_time_stamp_is_noticed(bundle: Bundle) -> None:
+def test_a_file_altered_in_place_with_its_old_time_stamp_is_noticed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_RACY_NS", -1)
     step = bundle.root / "model/step.onnx"
     bundle.path("model/step.onnx")
     status = step.stat()
-    with step.open("r+b") as file:  # in place: same inode and size
+    time.sleep(0.05)  # longer than the system's clock tick
+    with step.open("r+b") as file:  # same inode and size
         file.write(b"grabh")
     os.utime(step, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BundleError, match="not the file"):
+        bundle.path("model/step.onnx")
+
+
+def test_a_young_file_is_hashed_again_for_its_time_stamps_may_not_tell(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_RACY_NS", 10**18)  # all files are young
+    monkeypatch.setattr(files, "_identity", lambda _: (0, 0, 0, 0, 0))  # and the clock stands still
+    bundle.path("model/step.onnx")
+    (bundle.root / "model/step.onnx").write_bytes(b"grabh")
     with pytest.raises(BundleError, match="not the file"):
         bundle.path("model/step.onnx")
 
@@ -529,9 +546,9 @@ def test_a_place_taken_in_the_meantime_is_not_overwritten(root: pathlib.Path) ->
 
 
 @contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, call: str, number: int, only: str = "") -> Iterator[None]:
-    """Let ``os.<call>`` fail with ``number`` for paths that hold ``only``."""
-    original = getattr(os, call)
+def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, number: int, only: str = "") -> Iterator[None]:
+    """Let ``owner.call`` fail with ``number`` for paths that hold ``only``."""
+    original = getattr(owner, call)
 
     def fail(target: Any, *args: Any, **kwargs: Any) -> Any:
         if only in str(target):
@@ -539,7 +556,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, call: str, number: int, only: str =
         return original(target, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
+        patch.setattr(owner, call, fail)
         yield
 
 
@@ -550,9 +567,13 @@ def test_a_full_or_broken_disk_is_said_and_leaves_no_trace(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, number: int, error: type[LehrError]
 ) -> None:
     before = tree(bundle.root.parent)
-    with failing(monkeypatch, "fsync", number), pytest.raises(error, match=os.strerror(number)), bundle.edit() as edit:
+    with (
+        failing(monkeypatch, os, "fsync", number),
+        pytest.raises(error, match=os.strerror(number)),
+        bundle.edit() as edit,
+    ):
         edit.add_bytes("a", b"")
-    with failing(monkeypatch, "fsync", number), pytest.raises(error, match=os.strerror(number)):
+    with failing(monkeypatch, os, "fsync", number), pytest.raises(error, match=os.strerror(number)):
         make(bundle.root.with_name("b.lehr"))
     assert tree(bundle.root.parent) == before
     assert len(list(bundle.root.parent.iterdir())) == 1
@@ -576,12 +597,12 @@ def test_a_full_disk_met_by_the_callers_own_writing_is_said_too(bundle: Bundle) 
 def test_a_place_that_cannot_be_written_is_a_wrong_argument(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (errno.EROFS, errno.EACCES):
         with (
-            failing(monkeypatch, "open", number, "lehr-lock"),
+            failing(monkeypatch, os, "open", number, "lehr-lock"),
             pytest.raises(InvalidInput, match="writable"),
             bundle.edit(),
         ):
             pass
-        with failing(monkeypatch, "mkdir", number), pytest.raises(InvalidInput, match="writable"):
+        with failing(monkeypatch, pathlib.Path, "mkdir", number), pytest.raises(InvalidInput, match="writable"):
             make(bundle.root.with_name("b.lehr"))
     assert len(list(bundle.root.parent.iterdir())) == 1
 
@@ -612,6 +633,26 @@ else:
     assert bundle.names("ours") == ["ours"]
     assert run_python(code) == "written\n"
     assert Bundle.open(bundle.root).names("theirs") == ["theirs"]
+
+
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_not_taken(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not calls:  # its owner ends between our opening and our locking, and a third writer comes
+            (tmp_path / ".lehr-lock").unlink()
+            (tmp_path / ".lehr-lock").touch()
+        calls.append(descriptor)
+        original(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock = commit.lock_folder(tmp_path)
+    assert len(calls) == 2
+    assert os.path.samestat(os.fstat(lock), (tmp_path / ".lehr-lock").stat())
+    commit.unlock_folder(tmp_path, lock)
+    assert not list(tmp_path.iterdir())
 
 
 def test_opening_succeeds_at_any_moment_of_another_writers_edits(bundle: Bundle) -> None:
@@ -700,7 +741,7 @@ def test_an_interrupted_commit_on_a_read_only_disk_is_a_bundle_error(
     before = tree(bundle.root)
     monkeypatch.setattr(commit, "_PATIENCE", 0.05)
     with (
-        failing(monkeypatch, "open", errno.EROFS, "lehr-lock"),
+        failing(monkeypatch, os, "open", errno.EROFS, "lehr-lock"),
         pytest.raises(BundleError, match="where the folder is writable"),
     ):
         Bundle.open(bundle.root)
@@ -723,6 +764,12 @@ def test_a_forged_commit_cannot_lead_out_of_the_bundle(bundle: Bundle, tmp_path:
     assert not (bundle.root / "evil").exists()
     assert not (bundle.root / "model").is_symlink()
     assert not (bundle.root / "golden").is_symlink()
+
+
+def test_a_forged_commit_cannot_replace_a_folder_by_a_link(bundle: Bundle, tmp_path: pathlib.Path) -> None:
+    (begin_commit(bundle) / "golden").symlink_to(tmp_path)
+    Bundle.open(bundle.root).verify()
+    assert Bundle.open(bundle.root).read_json("golden/index.json")["tier"] == "steps"
 
 
 def test_a_commit_that_is_a_link_or_damaged_is_a_bundle_error(bundle: Bundle, tmp_path: pathlib.Path) -> None:
