@@ -23,7 +23,8 @@ def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", 
 
     Args:
         root: the bundle.
-        target, recipe: checked against each other first.
+        target: the class of machine.
+        recipe: how numbers are represented; checked against the target first.
         library: an engine library of the target, or "auto" for its first.
         threads: of the engine on CPUs; 0 is one a core.
 

@@ -50,9 +50,7 @@ def build(graph: Path, spec: ModelSpec, folder: Path, *, threads: int) -> Built:
     made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     made.optimized_model_filepath = str(folder / PLAN)
     made.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
-    made.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", str(EMBED_BELOW)
-    )
+    made.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(EMBED_BELOW))
     try:
         ort.InferenceSession(graph, made, providers=[PROVIDER])
         operators, precision = _inspect(folder / PLAN, spec, options)

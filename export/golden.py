@@ -102,7 +102,7 @@ def _record_trajectories(denoiser: Denoiser) -> tuple[Trajectory, ...]:
     recorded = []
     for number, (case, scale) in enumerate(cases):
         noise = batch_normal(SEED + 1 + number, range(batch), spec.sample_shape(batch)[1:])
-        x_T = np.asarray(noise * np.float32(table.init_noise_sigma))  # noqa: N806 - the paper's name
+        x_T = np.asarray(noise * np.float32(table.init_noise_sigma))
         unconditional = null_conditions(spec, batch) if scale != 1.0 else {}
         seen: list[np.ndarray] = []
         final = sample(

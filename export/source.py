@@ -108,9 +108,7 @@ def _from_file(text: str, preset: str | None, structure_only: bool, run_eager: b
     return _meta(text, preset, path, structure_only, run_eager, f"weights of {path.name}")
 
 
-def _meta(
-    name: str, preset: str, weights: Path | None, structure_only: bool, run_eager: bool, origin: str
-) -> Source:
+def _meta(name: str, preset: str, weights: Path | None, structure_only: bool, run_eager: bool, origin: str) -> Source:
     chosen = find_preset(preset)
     with torch.device("meta"):
         module = chosen.module().eval()
@@ -143,7 +141,9 @@ def _from_factory(text: str, path: Path, factory: str, structure_only: bool) -> 
         where = f"{Path(at.filename).name} line {at.lineno}"
         raise ExportFailed(f"{text} failed: {type(e).__name__}: {e} ({where}). Fix the factory and try again.") from e
     if not (isinstance(made, tuple) and len(made) == 2):
-        raise InvalidInput(f"{text} returned {type(made).__name__}; expected (torch.nn.Module, lehr.runtime.ModelSpec).")
+        raise InvalidInput(
+            f"{text} returned {type(made).__name__}; expected (torch.nn.Module, lehr.runtime.ModelSpec)."
+        )
     module, spec = made
     if not isinstance(module, nn.Module) or not isinstance(spec, ModelSpec):
         kinds = f"({type(module).__name__}, {type(spec).__name__})"

@@ -126,4 +126,5 @@ def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
 
 
 def rebuild_command(bundle: Bundle, target: str, recipe: str) -> str:
+    """The command line that makes this engine again."""
     return f"lehr build {bundle.root.name} --target {target} --recipe {recipe}"

@@ -25,6 +25,8 @@ INDEX_FILE = "golden/golden.json"
 
 
 class Tier(str, Enum):
+    """How much eager data a bundle carries."""
+
     NONE = "none"
     STEPS = "steps"
     FULL = "full"
@@ -68,7 +70,7 @@ class Trajectory:
     guidance_scale: float
     conditions: Mapping[str, Array]
     unconditional: Mapping[str, Array]
-    x_T: Array  # noqa: N815 - the paper's name
+    x_T: Array
     inputs: Array
     final: Array
 
@@ -88,10 +90,12 @@ class Floor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Golden:
+    """All of a bundle's golden data; ``floors`` maps a format ("fp16", "bf16", "fp64") to eager's own error in it."""
+
     tier: Tier
     steps: StepsGolden
     trajectories: tuple[Trajectory, ...]
-    floors: Mapping[str, Floor]  # format ("fp16", "bf16", "fp64") -> floor
+    floors: Mapping[str, Floor]
 
 
 # ------------------------------------------------------------------------------------------------ write and read
@@ -139,9 +143,7 @@ def read(bundle: Bundle) -> Golden:
     try:
         arrays = bundle.read_arrays(STEPS_FILE)
         conditions = _prefixed(arrays, "condition.")
-        steps = StepsGolden(
-            **{name: value for name, value in arrays.items() if "." not in name}, conditions=conditions
-        )
+        steps = StepsGolden(**{name: value for name, value in arrays.items() if "." not in name}, conditions=conditions)
         trajectories = tuple(_read_trajectory(bundle, case) for case in index["trajectories"])
         floors = {
             str(name): Floor(**{**floor, "rel_error": tuple(floor["rel_error"])})

@@ -27,7 +27,8 @@ def classifier_free(
 
     Args:
         evaluate: ``evaluate(sample, timestep, conditions)`` at any batch.
-        conditions, unconditional: name -> (B, …), the same names.
+        conditions: name -> (B, …).
+        unconditional: the same names and shapes, meaning "none".
         guidance_scale: w; 1 is no guidance, and then one half is enough.
 
     Raises:
@@ -41,10 +42,11 @@ def classifier_free(
         raise InvalidInput("this model has no condition, so guidance cannot act; leave --guidance-scale at 1.")
     both = {name: np.concatenate([unconditional[name], value]) for name, value in conditions.items()}
 
-    def guided(sample: Array, timestep: float) -> Array:
+    def both_halves(sample: Array, timestep: float) -> Array:
         without, with_condition = np.split(evaluate(np.concatenate([sample, sample]), timestep, both), 2)
         difference = with_condition - without
         difference *= sample.dtype.type(guidance_scale)
-        return np.add(without, difference, out=difference)
+        guided: Array = np.add(without, difference, out=difference)
+        return guided
 
-    return guided
+    return both_halves

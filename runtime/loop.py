@@ -63,7 +63,7 @@ def sample(
         raise InvalidInput(f"x_T has shape {x_T.shape}; a sampler with learned variance needs (batch, channels, …).")
     draw = _injected(injected, table, x_T)
     form = table.recurrence()
-    inputs = _recurrent(form, x_T, draw) if form else _dense(table, x_T, draw)
+    inputs = _recurrent(form, table, x_T, draw) if form else _dense(table, x_T, draw)
     current = next(inputs)
     for i in range(len(table)):
         timestep = float(table.timesteps[i])
@@ -71,23 +71,22 @@ def sample(
         prediction, variance = output, None
         if table.variance is not None:
             prediction, variance = output[:, : x_T.shape[1]], output[:, x_T.shape[1] :]
-        denoised = None
-        if on_step is not None or table.clip is not None:
-            denoised = _scaled_sum(
-                ((table.denoised_from_input[i], current), (table.denoised_from_output[i], prediction)), x_T
-            )
-        if on_step is not None and denoised is not None:
+        if on_step is not None:
+            denoised = _denoised(table, i, current, prediction, x_T)
             on_step(Step(index=i, timestep=timestep, sample=current, output=output, denoised=denoised))
-        clipped = None if table.clip is None or denoised is None else table.clip(denoised)
-        current = inputs.send(_Evaluation(prediction, clipped, variance))
+        current = inputs.send(_Evaluation(prediction, variance))
     return current
 
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
     prediction: Array
-    clipped: Array | None  # of the table's second bank
     variance: Array | None  # the network's extra channels
+
+
+def _denoised(table: SolverTable, i: int, model_input: Array, prediction: Array, like: Array) -> Array:
+    pair = ((table.denoised_from_input[i], model_input), (table.denoised_from_output[i], prediction))
+    return _scaled_sum(pair, like)
 
 
 def _checked(output: Array, table: SolverTable, x_T: Array) -> Array:
@@ -106,7 +105,7 @@ _Draw = Callable[[int, Array | None], Array]
 _Rows = Generator[Array, _Evaluation, None]
 
 
-def _recurrent(form: Recurrence, x_T: Array, draw: _Draw) -> _Rows:
+def _recurrent(form: Recurrence, table: SolverTable, x_T: Array, draw: _Draw) -> _Rows:
     """Yield the rows; is sent the evaluations. Keeps ``form.depth`` latents."""
     like = x_T.astype(np.float64) if form.wide else x_T
     inputs: dict[int, Array] = {}
@@ -132,27 +131,32 @@ def _recurrent(form: Recurrence, x_T: Array, draw: _Draw) -> _Rows:
             if form.kept is not Kept.OUTPUT:
                 pair = ((form.from_input[i], current), (form.from_output[i], evaluation.prediction))
                 outputs[0, i] = _scaled_sum(pair, like)
-        if evaluation.clipped is not None and (1, i) in form.used:
-            outputs[1, i] = evaluation.clipped
+        if table.clip is not None and (1, i) in form.used:
+            outputs[1, i] = table.clip(_denoised(table, i, current, evaluation.prediction, like))
 
 
 def _dense(table: SolverTable, x_T: Array, draw: _Draw) -> _Rows:
     """The same from the table itself: keeps every output, and sums in float64 since large terms may cancel."""
-    evaluations: list[_Evaluation] = []
+    predictions: list[Array] = []
+    clipped: list[Array] = []
     noises: dict[int, Array] = {}
-    x_64 = x_T.astype(np.float64)
+    variance: Array | None = None
+    like: Array = x_T.astype(np.float64)
     for i in range(len(table) + 1):
-        terms = [(table.start[i], x_64)]
-        terms += [(table.outputs[i, j], evaluations[j].prediction) for j in range(i)]
+        terms = [(float(table.start[i]), like)]
+        terms += zip(table.outputs[i].tolist(), predictions, strict=False)
         if table.clipped is not None:
-            for j, evaluation in enumerate(evaluations):
-                if evaluation.clipped is not None:
-                    terms.append((table.clipped[i, j], evaluation.clipped))
+            terms += zip(table.clipped[i].tolist(), clipped, strict=False)
         for j in np.flatnonzero(table.noises[i]).tolist():
             if j not in noises:
-                noises[j] = draw(j, evaluations[-1].variance if evaluations else None)
-            terms.append((table.noises[i, j], noises[j]))
-        evaluations.append((yield _scaled_sum(terms, x_64).astype(x_T.dtype)))
+                noises[j] = draw(j, variance)
+            terms.append((float(table.noises[i, j]), noises[j]))
+        current = _scaled_sum(terms, like)
+        evaluation = yield current.astype(x_T.dtype)
+        predictions.append(evaluation.prediction)
+        variance = evaluation.variance
+        if table.clip is not None:
+            clipped.append(table.clip(_denoised(table, i, current, evaluation.prediction, like)))
 
 
 def _scaled_sum(terms: Iterable[tuple[float, Array]], like: Array) -> Array:

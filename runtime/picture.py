@@ -24,7 +24,8 @@ def to_bytes(samples: npt.NDArray[Any], value_range: tuple[float, float]) -> npt
     check_channels(samples.shape)
     low, high = value_range
     unit = (np.clip(samples, low, high) - low) / (high - low)
-    return np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    pictures: npt.NDArray[np.uint8] = np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pictures
 
 
 def check_channels(shape: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from lehr.runtime.solvers import default_sampler, solver_table
 from lehr.runtime.spec import BATCH
 
 Array = npt.NDArray[Any]
+OnStep = Callable[[int, Step], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +89,12 @@ class Pipeline:
                 )
             return request.table
         name = request.sampler or spec.sampling.sampler or default_sampler(spec.path)
-        steps = spec.sampling.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+        steps = (
+            spec.sampling.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+        )
         return solver_table(name, spec.path, spec.prediction, steps, eta=request.eta)
 
-    def __call__(self, request: Request, *, on_step: Callable[[int, Step], None] | None = None) -> Array:
+    def __call__(self, request: Request, *, on_step: OnStep | None = None) -> Array:
         """Draw samples.
 
         Args:
@@ -106,7 +109,6 @@ class Pipeline:
             RunFailed: the engine failed, or drew values that are not finite.
         """
         spec, table = self.denoiser.spec, self.table(request)
-        shape = spec.sample_shape(1, **request.sizes)[1:]
         for name, size in request.sizes.items():
             spec.dim(name).check(size, "the sample")
         num = request.num or max(1, len(request.class_labels))
@@ -115,18 +117,7 @@ class Pipeline:
         for first in range(0, num, request.batch):
             numbers = range(first, min(first + request.batch, num))
             part = {name: value[numbers.start : numbers.stop] for name, value in conditions.items()}
-            network = self._network(request, part, len(numbers))
-            x_T = batch_normal(request.seed, numbers, shape)  # noqa: N806 - the paper's name
-            x_T *= np.float32(table.init_noise_sigma)
-            drawn.append(
-                sample(
-                    network,
-                    table,
-                    x_T,
-                    injected=lambda j, numbers=numbers: batch_normal(request.seed, numbers, shape, stream=1 + j),
-                    on_step=None if on_step is None else lambda step, first=first: on_step(first, step),
-                )
-            )
+            drawn.append(self._draw(request, table, numbers, part, on_step))
         samples: Array = np.concatenate(drawn)
         broken = [int(k) for k in np.flatnonzero(~np.isfinite(samples).all(axis=tuple(range(1, samples.ndim))))]
         if broken:
@@ -135,6 +126,29 @@ class Pipeline:
                 "Check it with lehr verify, or use recipe fp32."
             )
         return samples
+
+    def _draw(
+        self,
+        request: Request,
+        table: SolverTable,
+        numbers: range,
+        conditions: Mapping[str, Array],
+        on_step: OnStep | None,
+    ) -> Array:
+        """One batch: the samples ``numbers``."""
+        shape = self.denoiser.spec.sample_shape(1, **request.sizes)[1:]
+        x_T = batch_normal(request.seed, numbers, shape)
+        x_T *= np.float32(table.init_noise_sigma)
+
+        def injected(j: int) -> Array:
+            return batch_normal(request.seed, numbers, shape, stream=1 + j)
+
+        def report(step: Step) -> None:
+            if on_step is not None:
+                on_step(numbers.start, step)
+
+        network = self._network(request, conditions, len(numbers))
+        return sample(network, table, x_T, injected=injected, on_step=None if on_step is None else report)
 
     def _conditions(self, request: Request, num: int) -> dict[str, Array]:
         spec = self.denoiser.spec
@@ -148,7 +162,9 @@ class Pipeline:
         labels = list(request.class_labels) or list(range(spec.num_classes))
         return class_conditions(spec, [labels[k % len(labels)] for k in range(num)])
 
-    def _network(self, request: Request, conditions: Mapping[str, Array], batch: int) -> Callable[[Array, float], Array]:
+    def _network(
+        self, request: Request, conditions: Mapping[str, Array], batch: int
+    ) -> Callable[[Array, float], Array]:
         spec = self.denoiser.spec
         scale = request.guidance_scale
         if scale is None:

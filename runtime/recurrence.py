@@ -85,7 +85,7 @@ def find_recurrence(
         evaluations: N.
         banks: 1, or 2 with a bank of clipped estimates.
         kept: the quantities to try, each as its (N,) coefficients on the input and on the output; those that are
-            not finite or do not determine the output are skipped.
+            not finite or do not determine the output are skipped. :attr:`Kept.DENOISED` is what bank 1 clips.
     """
     columns = _Columns(coefficients, evaluations, banks)
     best: Recurrence | None = None
@@ -104,7 +104,7 @@ def find_recurrence(
             best = found
         if best is not None and best.depth <= 1 + banks:
             break  # one input and the newest outputs: nothing is smaller
-    return None if best is None else replace(best, wide=_rounding(best, columns) > _MAX_ROUNDING)
+    return None if best is None else replace(best, wide=_rounding(best, columns, kept[Kept.DENOISED]) > _MAX_ROUNDING)
 
 
 # ---------------------------------------------------------------------------------------------- columns by age
@@ -317,30 +317,34 @@ def _reproduces(found: Recurrence, columns: _Columns) -> bool:
     return bool(np.all(np.abs(rows - table) <= TOLERANCE * scale))
 
 
-def _rounding(found: Recurrence, columns: _Columns) -> float:
+def _rounding(found: Recurrence, columns: _Columns, denoised: tuple[Array, Array]) -> float:
     """The largest error of a row, over its norm, when every row and kept quantity is rounded with relative error 1.
 
     x_T, outputs and noises are taken to be independent unit normals; the error of each rounding is followed
-    through the later rows.
+    through the later rows. Clipping is taken to let all of an error through.
     """
-    n = columns.evaluations
-    norms = np.sqrt(np.einsum("ij,ij->i", columns.table, columns.table))
-    errors, kept_errors, kept_norms = np.zeros((n + 1, 2 * n + 1)), np.zeros((n, 2 * n + 1)), np.ones(n)
+    n, banks, table = columns.evaluations, columns.banks, columns.table
+    norms = np.sqrt(np.einsum("ij,ij->i", table, table))
+    sources = 1 + banks  # of each row: its own sum, and those of the quantities kept of it
+    errors = np.zeros((n + 1, sources * (n + 1)))
+    kept_errors, kept_norms = np.zeros((banks, n, sources * (n + 1))), np.ones((banks, n))
+    made = {b: pair for b, pair in enumerate([(found.from_input, found.from_output), denoised][:banks])}
+    if found.kept is Kept.OUTPUT:
+        del made[0]  # the network's own output, not a sum
     for i, row in enumerate(found.rows):
         variance = row.start**2 + sum(c * c for _, c in row.noises)
         for j, c in row.inputs:
             errors[i] += c * errors[j]
             variance += (c * norms[j]) ** 2
         for bank, j, c in row.outputs:
+            errors[i] += c * kept_errors[bank, j]
+            variance += (c * kept_norms[bank, j]) ** 2
+        errors[i, sources * i] = math.sqrt(variance)
+        for bank, (on_input, on_output) in made.items() if i < n else ():
+            kept_errors[bank, i] = on_input[i] * errors[i]
+            kept_errors[bank, i, sources * i + 1 + bank] = math.hypot(on_input[i] * norms[i], on_output[i])
             if bank == 0:
-                errors[i] += c * kept_errors[j]
-            variance += (c * (kept_norms[j] if bank == 0 else 1.0)) ** 2
-        errors[i, 2 * i] = math.sqrt(variance)
-        if i < n and found.kept is not Kept.OUTPUT:
-            on_input, on_output = found.from_input[i], found.from_output[i]
-            kept_errors[i] = on_input * errors[i]
-            kept_errors[i, 2 * i + 1] = math.hypot(on_input * norms[i], on_output)
-            quantity = on_input * columns.table[i]
-            quantity[columns.position(i)] += on_output
-            kept_norms[i] = np.linalg.norm(quantity)
+                quantity = on_input[i] * table[i]
+                quantity[columns.position(i)] += on_output[i]
+                kept_norms[bank, i] = np.linalg.norm(quantity)
     return float((np.linalg.norm(errors, axis=1) / np.maximum(norms, 1e-300)).max())

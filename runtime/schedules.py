@@ -207,7 +207,7 @@ def _discrete(path: Path, num_inference_steps: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """1, 1 - 1/N, …, 1/N of a flow's time, shifted towards noise: s -> k s / (1 + (k - 1) s).
+    """1, 1 - 1/N, …, 1/N of a flow's time, shifted towards noise: s -> k s / (k s + 1 - s).
 
     Attributes:
         shift: k (Esser et al. 2024, arXiv:2403.03206, equation 23); 1 shifts nothing, 3 is SD3's.
@@ -245,7 +245,7 @@ class Flow:
     def timesteps(self, path: Path, num_inference_steps: int) -> Array:
         end = 1 / num_inference_steps if self.end is None else self.end
         time = np.linspace(1, end, num_inference_steps)
-        time = self.shift * time / (1 + (self.shift - 1) * time)
+        time = self.shift * time / (self.shift * time + (1 - time))  # 1 stays exactly 1
         if isinstance(path, LinearFlow):
             return np.asarray(path.num_train_timesteps * time)
         if isinstance(path, Interpolant):

@@ -146,9 +146,7 @@ def _trajectories(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> L
 
 def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[float]]:
     """Run a recorded loop; return the final sample and the relative drift of every evaluation's input."""
-    network = classifier_free(
-        denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale
-    )
+    network = classifier_free(denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale)
     drift: list[float] = []
 
     def on_step(step: Step) -> None:

@@ -324,7 +324,7 @@ def write_safetensors(
     Raises:
         InvalidInput: a name given twice, a dtype safetensors has not, contents of another size than announced, or a
             folder that cannot be written.
-        RunFailed: the disk is full.
+        RunFailed: the disk is full, or the folder is gone.
     """
     path = Path(path)
     listed = list(tensors)

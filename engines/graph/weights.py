@@ -84,7 +84,7 @@ def bind_weights(model: ir.Model, source: WeightSource, weights_path: Path, *, r
     Raises:
         InvalidInput: names or shapes of ``source`` are not the graph's, an element type cannot be converted, or a
             weight is NaN, infinite, or too large for the graph's element type.
-        RunFailed: the disk is full.
+        RunFailed: the disk is full, or the folder is gone.
     """
     wanted = {name: _info_of(value) for name, value in _unbound(model).items()}
     origin = match_weights(
@@ -246,7 +246,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
     Raises:
         InvalidInput: the weights lie in another folder, or the folder cannot be written.
-        RunFailed: the disk is full.
+        RunFailed: the disk is full, or the folder is gone.
     """
     path = Path(path)
     for value in model.graph.initializers.values():

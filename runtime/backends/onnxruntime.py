@@ -58,6 +58,8 @@ class OnnxRuntimeSession:
 
 
 class OnnxRuntimeBackend:
+    """ONNX Runtime as an engine library."""
+
     name = "onnxruntime"
 
     def version(self) -> str:

@@ -243,7 +243,7 @@ def inputs(built, tmp_path) -> dict[str, Path]:
     }
 
 
-USER = '''
+USER = """
 import torch
 from lehr.runtime import BATCH, VP, ModelSpec, Prediction, PredictionKind, TensorSpec, Varies
 
@@ -301,7 +301,7 @@ def wrong():
 
 def broken():
     raise ValueError("this factory is broken")
-'''
+"""
 
 
 def test_a_users_own_module_goes_all_the_way(inputs, tmp_path, capsys):

@@ -65,7 +65,8 @@ def test_ssim_equals_a_direct_evaluation_of_its_formula():
                 c_1, c_2 = 0.02**2, 0.06**2
                 cov = np.mean(p * q) - p.mean() * q.mean()
                 total.append(
-                    (2 * p.mean() * q.mean() + c_1) * (2 * cov + c_2)
+                    (2 * p.mean() * q.mean() + c_1)
+                    * (2 * cov + c_2)
                     / ((p.mean() ** 2 + q.mean() ** 2 + c_1) * (p.var() + q.var() + c_2))
                 )
     assert ssim(a.astype(float), b.astype(float), 2.0) == pytest.approx(np.mean(total), abs=1e-9)

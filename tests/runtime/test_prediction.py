@@ -28,9 +28,7 @@ def output_of(prediction: Prediction, x_0: np.ndarray, eps: np.ndarray, alpha: f
         PredictionKind.V_PREDICTION: alpha * eps - sigma * x_0,
         PredictionKind.FLOW_PREDICTION: eps - x_0,
         PredictionKind.SCORE: -eps / sigma,
-        PredictionKind.EDM: (x_0 - data**2 / (sigma**2 + data**2) * x_t)
-        * np.sqrt(sigma**2 + data**2)
-        / (sigma * data),
+        PredictionKind.EDM: (x_0 - data**2 / (sigma**2 + data**2) * x_t) * np.sqrt(sigma**2 + data**2) / (sigma * data),
     }[prediction.kind]
 
 

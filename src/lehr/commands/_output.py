@@ -15,9 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON value on stdout and nothing else there.")(
-        function
-    )
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON value on stdout and nothing else there."
+    )(function)
 
 
 def bundle_argument(function: F) -> F:
@@ -25,9 +25,9 @@ def bundle_argument(function: F) -> F:
 
 
 def engine_options(function: F) -> F:
-    function = click.option("--recipe", default="fp32", show_default=True, help="Number formats; see lehr list recipes.")(
-        function
-    )
+    function = click.option(
+        "--recipe", default="fp32", show_default=True, help="Number formats; see lehr list recipes."
+    )(function)
     return click.option("--target", default="cpu", show_default=True, help="Class of machine; see lehr list targets.")(
         function
     )

@@ -76,10 +76,13 @@ def _prose(data: dict[str, Any]) -> str:
     inputs = [
         (t["name"], t["dtype"], " x ".join(str(size) for size in t["shape"]), t["varies"]) for t in model["inputs"]
     ]
-    parts = [
+    title = (
         f"{model['name']} ({model['family']}) from {data['source']}: {model['prediction']['kind']} on a "
         f"{model['path']['kind']} path, golden data: {data['golden']}, {data['files']} files, "
-        f"{data['bytes'] / 1e6:,.1f} MB",
+        f"{data['bytes'] / 1e6:,.1f} MB"
+    )
+    parts = [
+        title,
         table(("graph", "parameters", "MB", "operators", "opset"), graphs),
         table(("input", "type", "shape", "varies with"), inputs),
     ]
