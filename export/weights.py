@@ -42,13 +42,10 @@ class TorchModuleSource:
 
     def info(self, name: str) -> TensorInfo:
         tensor = self._find(name)
-        return TensorInfo(_numpy_dtype(tensor.dtype), tuple(tensor.shape))
+        return TensorInfo(numpy_dtype(tensor.dtype), tuple(tensor.shape))
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        tensor = self._find(name).cpu().contiguous()
-        carrier, dtype = _CARRIED.get(tensor.dtype, (tensor.dtype, _numpy_dtype(tensor.dtype)))
-        array: npt.NDArray[Any] = tensor.view(carrier).numpy().view(dtype)
-        return array
+        return to_numpy(self._find(name))
 
     def _find(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -71,7 +68,7 @@ def load_into(module: nn.Module, source: WeightSource, *, rename: Rename | None 
         InvalidInput: names, shapes or values do not fit.
     """
     state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    infos = {name: TensorInfo(_numpy_dtype(value.dtype), tuple(value.shape)) for name, value in state.items()}
+    infos = {name: TensorInfo(numpy_dtype(value.dtype), tuple(value.shape)) for name, value in state.items()}
     hollow = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in state]
     if hollow:
         raise InvalidInput(
@@ -83,7 +80,7 @@ def load_into(module: nn.Module, source: WeightSource, *, rename: Rename | None 
     wanted = {name: info for name, info in infos.items() if name not in tied}
     origin = match_weights(wanted, source, rename=rename, tied=tied, what=type(module).__name__)
     for name, info in wanted.items():
-        _assign(module, name, _to_torch(convert(source, origin[name], info), state[name].dtype))
+        _assign(module, name, to_torch(convert(source, origin[name], info), state[name].dtype))
     for name, other in tied.items():
         _assign(module, name, module.get_parameter(other))
     return module
@@ -103,13 +100,23 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
             old.copy_(value)
 
 
-def _to_torch(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+def to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """The same bits as an array, without a copy where ``tensor`` is contiguous and on the CPU."""
+    tensor = tensor.cpu().contiguous()
+    carrier, dtype = _CARRIED.get(tensor.dtype, (tensor.dtype, numpy_dtype(tensor.dtype)))
+    array: npt.NDArray[Any] = tensor.view(carrier).numpy().view(dtype)
+    return array
+
+
+def to_torch(array: npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """A tensor of its own with the bits of ``array``, whose elements are ``dtype``'s."""
     carrier, _ = _CARRIED.get(dtype, (dtype, None))
     owned = np.array(array)  # a copy: the array may be a read-only map of the file
-    return torch.from_numpy(owned.view(_numpy_dtype(carrier))).view(dtype)
+    return torch.from_numpy(owned.view(numpy_dtype(carrier))).view(dtype)
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """numpy's (or ml_dtypes') name of an element type."""
     if dtype in _CARRIED:
         return _CARRIED[dtype][1]
     return np.dtype(str(dtype).removeprefix("torch."))

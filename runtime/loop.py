@@ -124,15 +124,15 @@ def _recurrent(form: Recurrence, table: SolverTable, x_T: Array, draw: _Draw) ->
                 del outputs[key[0], key[1]]
         evaluation = yield current.astype(x_T.dtype, copy=False)
         variance = evaluation.variance
+        prediction = evaluation.prediction.astype(like.dtype, copy=False)
         if (i,) in form.used:
             inputs[i] = current
         if (0, i) in form.used:
-            outputs[0, i] = evaluation.prediction
+            outputs[0, i] = prediction
             if form.kept is not Kept.OUTPUT:
-                pair = ((form.from_input[i], current), (form.from_output[i], evaluation.prediction))
-                outputs[0, i] = _scaled_sum(pair, like)
+                outputs[0, i] = _scaled_sum(((form.from_input[i], current), (form.from_output[i], prediction)), like)
         if table.clip is not None and (1, i) in form.used:
-            outputs[1, i] = table.clip(_denoised(table, i, current, evaluation.prediction, like))
+            outputs[1, i] = table.clip(_denoised(table, i, current, prediction, like))
 
 
 def _dense(table: SolverTable, x_T: Array, draw: _Draw) -> _Rows:

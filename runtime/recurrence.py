@@ -219,7 +219,7 @@ def _try(columns: _Columns, table: Array, i: int, size: tuple[int, int], norms: 
     else:
         weighted, aim = bound[:, keep] / scale[keep], target[keep] / scale[keep]
         if num_inputs == 1:
-            share = (weighted @ aim) / (weighted[0] @ weighted[0])
+            share = (weighted @ aim) / max(float(weighted[0] @ weighted[0]), 1e-300)
         else:
             share = np.linalg.lstsq(weighted.T, aim, rcond=1e-13)[0]
     if np.abs(share @ bound - target).max() > TOLERANCE * largest:

@@ -15,6 +15,7 @@ passes the names a checkpoint has and a function that reads one tensor, so large
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -78,6 +79,26 @@ class Origin:
         tensors = [_one_of(part, read) for part in self.parts]
         whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=0)
         return whole if self.transform is None else _TRANSFORMS[self.transform](whole)
+
+    def shape(self, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape that :meth:`read` would give, from the sources' shapes alone.
+
+        Raises:
+            InvalidInput: the sources cannot be put together.
+        """
+        shapes = [shape_of(part[0]) for part in self.parts]
+        for part, first in zip(self.parts, shapes, strict=True):
+            odd = next((key for key in part if shape_of(key) != first), None)
+            if odd is not None:
+                raise InvalidInput(f"{odd!r} has shape {shape_of(odd)}, its copy {part[0]!r} {first}.")
+        whole = shapes[0]
+        if len(shapes) > 1:
+            if any(not shape or shape[1:] != whole[1:] for shape in shapes):
+                raise InvalidInput(f"{', '.join(self.keys)} of shapes {shapes} cannot be joined.")
+            whole = (sum(shape[0] for shape in shapes), *whole[1:])
+        if self.transform in (Transform.GRID_ROWS, Transform.GRID_COLUMNS):
+            return _grid_shape(whole)
+        return whole
 
 
 # ----------------------------------------------------------------------------------------------- matching
@@ -156,9 +177,7 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 
 def _grid(table: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of a square sin-cos table; refuses a table that is not the outer arrangement of the two."""
-    side = round(table.shape[1] ** 0.5) if table.ndim == 3 else 0
-    if side < 1 or table.shape[0] != 1 or side * side != table.shape[1] or table.shape[2] % 2:
-        raise InvalidInput(f"a position table must have the shape (1, N*N, D) with D even, got {tuple(table.shape)}")
+    side, _ = _grid_shape(tuple(table.shape))
     columns, rows = table.reshape(side, side, -1).chunk(2, dim=-1)
     if not (torch.equal(columns, columns[:1].expand_as(columns)) and torch.equal(rows, rows[:, :1].expand_as(rows))):
         raise InvalidInput(
@@ -166,6 +185,13 @@ def _grid(table: Tensor) -> tuple[Tensor, Tensor]:
             "stored as rows and columns. Export the checkpoint through the library it was written with instead."
         )
     return rows[:, 0].contiguous(), columns[0].contiguous()
+
+
+def _grid_shape(table: tuple[int, ...]) -> tuple[int, int]:
+    side = math.isqrt(table[1]) if len(table) == 3 else 0
+    if side < 1 or table[0] != 1 or side * side != table[1] or table[2] % 2:
+        raise InvalidInput(f"a position table must have the shape (1, N*N, D) with D even, got {table}")
+    return side, table[2] // 2
 
 
 _TRANSFORMS: dict[Transform, Callable[[Tensor], Tensor]] = {

@@ -26,6 +26,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -368,6 +369,49 @@ def test_dit_checkpoint_whose_embedders_differ_by_block_is_refused_by_name() -> 
     case = CASES["dit"]
     with pytest.raises(rules.CopiesDiffer, match=r"transformer_blocks\.1\.norm1\.emb"):
         case.ours(case.reference())
+
+
+def original_file(module: nn.Module, original: ModuleType) -> dict[str, Tensor]:
+    """The module's weights under the names of the authors' single file."""
+    state = module.state_dict()
+    tensors = {}
+    for key, value in state.items():
+        origin = rules.origin(original.ORIGINAL, key, ())
+        if origin.transform is None:
+            tensors[origin.keys[0]] = value
+        else:  # the one table that our rows and columns come from
+            grid = module.get_submodule("pos_embed")
+            tensors[origin.keys[0]] = grid(*state["pos_embed.rows"].shape[:1] * 2)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "converter"),
+    [
+        ("sd3", single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers),
+        ("sd3.5", single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers),
+        ("flux-dev", single_file_utils.convert_flux_transformer_checkpoint_to_diffusers),
+        ("flux-schnell", single_file_utils.convert_flux_transformer_checkpoint_to_diffusers),
+    ],
+)
+def test_single_file_and_folder_of_one_model_give_the_same_tensors(
+    name: str, converter: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """diffusers' own conversion of single files links the two maps: file -> folder -> ours is where we began."""
+    case = CASES[name]
+    if name.startswith("flux"):  # its width is written into diffusers' function
+        source = inspect.getsource(converter).replace("inner_dim = 3072", "inner_dim = 30")
+        namespace = dict(vars(single_file_utils))
+        exec(compile(source, "single_file_utils (narrow)", "exec"), namespace)
+        converter = namespace[converter.__name__]
+    module = case.build(case.params).double()
+    randomise(module)
+    file = original_file(module, case.map)
+    folder = case.oracle(**case.config).double()
+    folder.load_state_dict(converter(file))
+    assert not file, "diffusers does not know these names"
+    for key, value in case.ours(folder).state_dict().items():
+        assert torch.equal(value, module.state_dict()[key]), key
 
 
 # ------------------------------------------------------------------------------- DiT's other conditionings

@@ -22,7 +22,8 @@ def test_a_grid_holds_every_picture_in_reading_order(tmp_path):
     assert [int(sheet[0, 12 * k, 0]) for k in range(3)] == [0, 10, 20]
     assert int(sheet[12, 0, 0]) == 30
     picture.save_png(tmp_path / "a.png", sheet)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), sheet[..., 0])
+    with Image.open(tmp_path / "a.png") as saved:
+        assert np.array_equal(np.asarray(saved), sheet[..., 0])
 
 
 def test_sample_files_hold_float32_under_samples(tmp_path):

@@ -47,6 +47,8 @@ def classifier_free(
         difference = with_condition - without
         difference *= sample.dtype.type(guidance_scale)
         guided: Array = np.add(without, difference, out=difference)
+        if guided.shape[1:] != sample.shape[1:]:  # a learned variance is not guided: it stays the condition's own
+            guided[:, sample.shape[1] :] = with_condition[:, sample.shape[1] :]
         return guided
 
     return both_halves
