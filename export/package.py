@@ -15,6 +15,7 @@ import torch
 from lehr import __version__
 from lehr.engines.graph.check import check_graph
 from lehr.engines.graph.weights import bind_weights, node_count, parameter_count, save_graph
+from lehr.export.checkpoints.files import Pickles
 from lehr.export.golden import default_tier, record
 from lehr.export.source import Source, resolve
 from lehr.export.trace import trace
@@ -39,6 +40,7 @@ class Options:
     tier: Tier | None = None
     device: str = "cpu"
     overwrite: bool = False
+    pickles: Pickles = Pickles.REFUSED
     command: tuple[str, ...] = ()
 
 
@@ -53,6 +55,7 @@ class Summary:
     nodes: int
     golden: str
     weights: str
+    route: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,18 +71,17 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
     """
     started = time.monotonic()
     _check_options(output, options)
-    wants_golden = not options.structure_only and options.tier is not Tier.NONE
     found = resolve(
         source,
         preset=options.preset,
         seed=options.seed,
         structure_only=options.structure_only,
-        run_eager=wants_golden,
+        pickles=options.pickles,
     )
     parameters = sum(parameter.numel() for parameter in found.module.parameters())
     tier = Tier.NONE if options.structure_only else options.tier or default_tier(parameters)
     with Bundle.create(output, overwrite=options.overwrite) as edit:
-        progress(f"tracing {found.name}: {parameters:,} parameters, {found.origin}")
+        progress(f"tracing {found.name}: {parameters:,} parameters, {found.origin} (route: {found.route.value})")
         graph = trace(found.module, found.spec)
         folder = edit.folder("model")
         if found.weights is not None:
@@ -89,7 +91,7 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
         if found.weights is not None:
             check_graph(folder / Path(GRAPH_FILE).name, found.spec)
         if tier is not Tier.NONE:
-            module = found.module.float().to(options.device)
+            module = found.runnable().float().to(options.device)
             golden = record(module, found.spec, tier, device=options.device, progress=progress)
             progress("comparing the graph with eager")
             _compare(folder / Path(GRAPH_FILE).name, found, golden)
@@ -118,6 +120,7 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
         nodes=node_count(graph),
         golden=tier.value,
         weights=found.origin,
+        route=found.route.value,
     )
 
 

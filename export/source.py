@@ -1,4 +1,4 @@
-"""SOURCE of ``lehr export``: a preset, a weights file, or a user's own factory."""
+"""SOURCE of ``lehr export``: a preset, a weights file, a diffusers folder, or a user's own factory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,34 @@ import importlib.util
 import sys
 import traceback
 from dataclasses import dataclass
+from enum import Enum
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lehr.engines.graph.tensor_file import SafetensorsFile
+from lehr.engines.graph.tensor_file import INDEX_SUFFIX, SafetensorsFile
 from lehr.engines.graph.weights import WeightSource
 from lehr.export.backbones import preset as find_preset
 from lehr.export.backbones import presets
+from lehr.export.backbones.preset import Preset
+from lehr.export.checkpoints.config import NAME as CONFIG
+from lehr.export.checkpoints.files import PICKLES, Pickles, open_file
+from lehr.export.checkpoints.folder import from_folder
+from lehr.export.checkpoints.layouts import recognise
 from lehr.export.weights import TorchModuleSource, load_into
 from lehr.runtime.errors import ExportFailed, InvalidInput, UnknownName
 from lehr.runtime.spec import ModelSpec
+
+
+class Route(str, Enum):
+    """How a source became a module."""
+
+    PRESET = "preset"  # our backbone, shipped or random weights
+    CHECKPOINT = "checkpoint"  # our backbone, weights from files
+    DIFFUSERS = "diffusers"  # diffusers' own module
+    FACTORY = "factory"  # the user's own module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +42,7 @@ class Source:
 
     Attributes:
         name: as the user gave it.
-        module: on the meta device where weights are streamed from a file and nothing else is needed.
+        module: on the meta device where weights are streamed from a file.
         weights: where the tensors come from; None for structure only.
         origin: which weights these are, for people.
     """
@@ -37,36 +52,51 @@ class Source:
     spec: ModelSpec
     weights: WeightSource | None
     origin: str
+    route: Route
+
+    def runnable(self) -> nn.Module:
+        """The module with its weights in it.
+
+        Raises:
+            InvalidInput: damaged weights.
+        """
+        hollow = any(tensor.is_meta for tensor in self.module.parameters())
+        return load_into(self.module, self.weights) if hollow and self.weights is not None else self.module
 
 
-def resolve(text: str, *, preset: str | None, seed: int, structure_only: bool, run_eager: bool) -> Source:
+def resolve(
+    text: str, *, preset: str | None, seed: int, structure_only: bool, pickles: Pickles = Pickles.REFUSED
+) -> Source:
     """Find out what ``text`` names.
 
     Args:
-        text: a preset, FILE.safetensors, or FILE.py:FACTORY.
-        preset: the architecture of a weights file.
+        text: a preset, a weights file, a diffusers folder, or FILE.py:FACTORY.
+        preset: the architecture of a weights file or folder, where it does not say.
         seed: of random weights.
-        structure_only: no weights are read or made.
-        run_eager: the module must be able to run, so weights are loaded into it.
+        structure_only: no weights are made or kept.
+        pickles: whether pickled checkpoints are read.
 
     Raises:
-        InvalidInput: no such preset or file, a damaged or wrong weights file, or a factory that returns
-            something else than (module, spec).
+        InvalidInput: no such preset or file, damaged or wrong weights, a file that fits several presets, or a
+            factory that returns something else than (module, spec).
         ExportFailed: the factory itself failed.
+        MissingExtra: a class of diffusers, which is not installed.
     """
     path, _, factory = text.partition(":")
     if path.endswith(".py") and factory:
         if preset is not None:
-            raise InvalidInput("--preset names the architecture of a weights file; a factory brings its own.")
+            raise InvalidInput("--preset names the architecture of a checkpoint; a factory brings its own.")
         return _from_factory(text, Path(path), factory, structure_only)
-    if text.endswith((".safetensors", ".pt", ".bin", ".ckpt", ".pth")) or Path(text).exists():
-        return _from_file(text, preset, structure_only, run_eager)
+    if Path(text).is_dir() and (text not in presets() or "/" in text):
+        return _from_folder(text, Path(text), preset, structure_only, pickles)
+    if text.endswith((".safetensors", INDEX_SUFFIX, *PICKLES)) or Path(text).is_file():
+        return _from_file(text, preset, structure_only, pickles)
     if preset is not None and preset != text:
-        raise InvalidInput(f"{text!r} is no file; --preset only goes with a weights file. Leave it out.")
+        raise InvalidInput(f"{text!r} is no file or folder; --preset only goes with a checkpoint. Leave it out.")
     if text not in presets():
         hint = UnknownName("preset", text, presets())
-        raise InvalidInput(f"{hint} A file or FILE.py:FACTORY of that name does not exist either.")
-    return _from_preset(text, seed, structure_only, run_eager)
+        raise InvalidInput(f"{hint} A file, folder or FILE.py:FACTORY of that name does not exist either.")
+    return _from_preset(text, seed, structure_only)
 
 
 def shipped_weights(name: str) -> Path | None:
@@ -78,11 +108,12 @@ def shipped_weights(name: str) -> Path | None:
         return path
 
 
-def _from_preset(name: str, seed: int, structure_only: bool, run_eager: bool) -> Source:
+def _from_preset(name: str, seed: int, structure_only: bool) -> Source:
     chosen = find_preset(name)
     shipped = shipped_weights(name)
     if structure_only or shipped is not None:
-        return _meta(name, name, shipped, structure_only, run_eager, "trained weights shipped with lehr")
+        weights = None if structure_only or shipped is None else SafetensorsFile(shipped)
+        return _hollow(name, chosen, weights, "trained weights shipped with lehr", Route.PRESET)
     torch.manual_seed(seed)
     module = chosen.module().eval()
     return Source(
@@ -91,33 +122,42 @@ def _from_preset(name: str, seed: int, structure_only: bool, run_eager: bool) ->
         spec=chosen.spec,
         weights=TorchModuleSource(module),
         origin=f"random weights, seed {seed}",
+        route=Route.PRESET,
     )
 
 
-def _from_file(text: str, preset: str | None, structure_only: bool, run_eager: bool) -> Source:
+def _hollow(name: str, chosen: Preset, weights: WeightSource | None, origin: str, route: Route) -> Source:
+    with torch.device("meta"):
+        module = chosen.module().eval()
+    origin = origin if weights is not None else "structure only"
+    return Source(name=name, module=module, spec=chosen.spec, weights=weights, origin=origin, route=route)
+
+
+def _from_folder(
+    text: str, folder: Path, preset: str | None, structure_only: bool, pickles: Pickles, weights: Path | None = None
+) -> Source:
+    found = from_folder(folder, name=preset, pickles=pickles, weights=weights)
+    return Source(
+        name=text,
+        module=found.module,
+        spec=found.spec,
+        weights=None if structure_only else found.weights,
+        origin=found.origin,
+        route=Route(found.route),
+    )
+
+
+def _from_file(text: str, preset: str | None, structure_only: bool, pickles: Pickles) -> Source:
     path = Path(text)
     if not path.exists():
         raise InvalidInput(f"weights file {text} does not exist. Check the path.")
-    if path.is_dir() or path.suffix != ".safetensors":
-        raise InvalidInput(
-            f"{text} is no .safetensors file. Expected a preset, FILE.safetensors with --preset, or FILE.py:FACTORY; "
-            "pickled checkpoints can run code when they are opened and are not read."
-        )
-    if preset is None:
-        raise InvalidInput(f"{text} holds weights only; say which architecture they are for with --preset.")
-    return _meta(text, preset, path, structure_only, run_eager, f"weights of {path.name}")
-
-
-def _meta(name: str, preset: str, weights: Path | None, structure_only: bool, run_eager: bool, origin: str) -> Source:
-    chosen = find_preset(preset)
-    with torch.device("meta"):
-        module = chosen.module().eval()
-    if structure_only or weights is None:
-        return Source(name=name, module=module, spec=chosen.spec, weights=None, origin="structure only")
-    source = SafetensorsFile(weights)
-    if run_eager:
-        module = load_into(module, source)
-    return Source(name=name, module=module, spec=chosen.spec, weights=source, origin=origin)
+    if path.name.startswith("diffusion_pytorch_model") and path.with_name(CONFIG).is_file():
+        return _from_folder(text, path.parent, preset, structure_only, pickles, path)
+    found = recognise(open_file(path, pickles), preset)
+    name = found.preset.spec.name
+    also = f"; also fits {', '.join(found.others)}" if found.others else ""
+    origin = f"weights of {path.name}, {name} in the {found.layout.name} layout{also}"
+    return _hollow(text, found.preset, None if structure_only else found.source, origin, Route.CHECKPOINT)
 
 
 def _from_factory(text: str, path: Path, factory: str, structure_only: bool) -> Source:
@@ -151,4 +191,6 @@ def _from_factory(text: str, path: Path, factory: str, structure_only: bool) -> 
     module = module.eval().float()
     name = f"{path.name}:{factory}"
     weights = None if structure_only else TorchModuleSource(module)
-    return Source(name=name, module=module, spec=spec, weights=weights, origin="the factory's weights")
+    return Source(
+        name=name, module=module, spec=spec, weights=weights, origin="the factory's weights", route=Route.FACTORY
+    )

@@ -37,6 +37,10 @@ class Denoiser:
             InvalidInput: feeds that do not fit the spec.
             RunFailed: the engine returned a shape the spec does not allow.
         """
+        return self.with_variance(sample, timestep, conditions)[:, : sample.shape[1]]
+
+    def with_variance(self, sample: Array, timestep: float, conditions: Mapping[str, Array]) -> Array:
+        """The same with all channels that the network returns, for solver tables with a learned variance."""
         spec = self.spec
         steps = np.full(sample.shape[0], timestep, dtype=spec.timestep.dtype.numpy)
         feeds = {spec.sample.name: sample, spec.timestep.name: steps, **conditions}
@@ -46,7 +50,7 @@ class Denoiser:
             spec.check_outputs(outputs, bound)
         except InvalidInput as e:
             raise RunFailed(f"{e} The engine has a size baked in; export the model again.") from e
-        return outputs[spec.outputs[0].name][:, : sample.shape[1]]
+        return outputs[spec.outputs[0].name]
 
 
 def class_conditions(spec: ModelSpec, labels: npt.ArrayLike) -> dict[str, Array]:

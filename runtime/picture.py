@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lehr.runtime.errors import InvalidInput
+from lehr.runtime.arrays import read_arrays
+from lehr.runtime.errors import BundleError, InvalidInput
 
 GAP = 2  # pixels between pictures
 
@@ -71,6 +72,37 @@ def save_npz(path: Path, samples: npt.NDArray[np.float32]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load(path: Path, channels: int | str, value_range: tuple[float, float]) -> npt.NDArray[np.float32]:
+    """A sample from a file: a picture as (C, H, W) in ``value_range``, or the array of a .npz as it is.
+
+    A .npz holds the array under ``samples``, or one array alone.
+
+    Raises:
+        InvalidInput: no such file, no picture, an archive with other content, or a model whose samples are no pictures.
+    """
+    if path.suffix.lower() == ".npz":
+        try:
+            arrays = read_arrays(path)
+        except (BundleError, OSError) as e:
+            raise InvalidInput(f"cannot read {path}: {e}") from e
+        if "samples" not in arrays and len(arrays) != 1:
+            raise InvalidInput(f"{path} holds the arrays {sorted(arrays)}, expected 'samples' or one array alone.")
+        array = arrays.get("samples", next(iter(arrays.values())))
+        return np.asarray(array, dtype=np.float32)
+    if channels not in {1, 3}:
+        raise InvalidInput(f"{path} is a picture, but the model's samples have {channels} channels; give a .npz file.")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+    except (UnidentifiedImageError, OSError) as e:
+        raise InvalidInput(f"cannot read {path} as a picture or a .npz file: {e}") from e
+    low, high = value_range
+    unit = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1) / 255
+    return np.asarray(low + (high - low) * unit, dtype=np.float32)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +13,85 @@ from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, class_conditions, null_conditions
 from lehr.runtime.errors import InvalidInput, RunFailed
-from lehr.runtime.guidance import classifier_free
-from lehr.runtime.loop import Step, sample
-from lehr.runtime.noise import batch_normal
+from lehr.runtime.guidance import classifier_free, classifier_guided, distilled, embedding_names, guided
+from lehr.runtime.loop import Network, Step, sample
+from lehr.runtime.noise import START, batch_normal, standard_normal
+from lehr.runtime.prediction import PredictionKind
+from lehr.runtime.request import Request
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.solvers import default_sampler, solver_table
-from lehr.runtime.spec import BATCH
+from lehr.runtime.start import fit_mask, fit_sample, keep_known, noised, start_step
+from lehr.runtime.table_cut import tail
+from lehr.runtime.table_fit import check_fits
+
+__all__ = ["OnStep", "Pipeline", "Request", "open_denoiser"]
 
 Array = npt.NDArray[Any]
 OnStep = Callable[[int, Step], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to draw. None stands for the model's own default.
+def open_denoiser(path: str | Path, *, target: str = "cpu", recipe: str = "fp32") -> Denoiser:
+    """The network of a bundle, run by its engine for ``target`` and ``recipe``.
 
-    Attributes:
-        num: how many samples; by default one a label, or one.
-        seed: with the sample's number it determines the noise, whatever the batch.
-        class_labels: used in turn; by default all classes in turn.
-        conditions: for models with other conditions than a class: name -> (num, …).
-        unconditional: what guidance subtracts, for such models.
-        table: a solver table; overrides sampler, steps and eta.
-        batch: how many samples run at once.
-        sizes: dimensions other than the batch, such as height and width.
+    Raises:
+        BundleError, IncompatibleEngine: no such engine, a damaged file, or an engine of another machine.
+        MissingExtra: the engine library is not installed.
     """
-
-    num: int | None = None
-    seed: int = 0
-    sampler: str | None = None
-    num_inference_steps: int | None = None
-    eta: float = 0.0
-    guidance_scale: float | None = None
-    class_labels: Sequence[int] = ()
-    conditions: Mapping[str, Array] = field(default_factory=dict)
-    unconditional: Mapping[str, Array] = field(default_factory=dict)
-    table: SolverTable | None = None
-    batch: int = 16
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.num is not None and self.num < 1:
-            raise InvalidInput(f"the number of samples must be at least 1, got {self.num}.")
-        if not 1 <= self.batch <= BATCH.max // 2:
-            raise InvalidInput(f"the batch must be 1 to {BATCH.max // 2} (guidance doubles it), got {self.batch}.")
+    bundle = Bundle.open(path)
+    session = engines.load(bundle, engines.find(bundle, target, recipe))
+    return Denoiser(bundle.manifest.model, session.run)
 
 
 class Pipeline:
-    """A denoiser ready to draw. ``Pipeline.open("m.lehr")(Request(num=8, class_labels=[3]))``."""
+    """A denoiser ready to draw. ``Pipeline.open("m.lehr")(Request(num=8, class_labels=[3]))``.
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    Args:
+        denoiser: the network.
+        guide: a network of its own for what guidance subtracts, of the same path, prediction and sample.
+        classifier: a network that returns the gradient of log p(y | x_t), for classifier guidance.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, *, guide: Denoiser | None = None, classifier: Denoiser | None = None
+    ) -> None:
+        self.denoiser, self.guide, self.classifier = denoiser, guide, classifier
+        spec = denoiser.spec
+        for role, other in (("guide", guide), ("classifier", classifier)):
+            if other is not None and (other.spec.path != spec.path or other.spec.sample.shape != spec.sample.shape):
+                raise InvalidInput(
+                    f"{role} {other.spec.name} has another path or sample than {spec.name}: {other.spec.path} and "
+                    f"{other.spec.sample.shape} for {spec.path} and {spec.sample.shape}."
+                )
+        if guide is not None and guide.spec.prediction != spec.prediction:
+            raise InvalidInput(
+                f"guide {guide.spec.name} predicts {guide.spec.prediction.kind.value}, "
+                f"{spec.name} {spec.prediction.kind.value}; they must predict the same."
+            )
+        if classifier is not None and classifier.spec.prediction.kind is not PredictionKind.SCORE:
+            raise InvalidInput(
+                f"classifier {classifier.spec.name} predicts {classifier.spec.prediction.kind.value}; a classifier's "
+                "gradient is a score. Export it with lehr.export.classifier_gradient."
+            )
 
     @classmethod
     def open(cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32") -> Pipeline:
-        """Load the engine of ``target`` and ``recipe`` from a bundle.
-
-        Raises:
-            BundleError, IncompatibleEngine: no such engine, a damaged file, or an engine of another machine.
-            MissingExtra: the engine library is not installed.
-        """
-        bundle = Bundle.open(path)
-        session = engines.load(bundle, engines.find(bundle, target, recipe))
-        return cls(Denoiser(bundle.manifest.model, session.run))
+        """Load the engine of ``target`` and ``recipe`` from a bundle; raises what :func:`open_denoiser` does."""
+        return cls(open_denoiser(path, target=target, recipe=recipe))
 
     def table(self, request: Request) -> SolverTable:
         """The solver table a request asks for; InvalidInput for one that does not fit the model."""
         spec = self.denoiser.spec
         if request.table is not None:
-            if request.table.prediction != spec.prediction:
-                raise InvalidInput(
-                    f"the solver table is for {request.table.prediction.kind.value} models, "
-                    f"{spec.name} predicts {spec.prediction.kind.value}."
-                )
-            return request.table
+            check_fits(request.table, spec)
+            if request.init is None:
+                return request.table
+            return tail(request.table, start_step(len(request.table), request.share))
         name = request.sampler or spec.sampling.sampler or default_sampler(spec.path)
         steps = (
             spec.sampling.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
         )
-        return solver_table(name, spec.path, spec.prediction, steps, eta=request.eta)
+        begin_at = 0 if request.init is None or steps < 1 else start_step(steps, request.share)
+        return solver_table(name, spec.path, spec.prediction, steps, eta=request.eta, begin_at=begin_at)
 
     def __call__(self, request: Request, *, on_step: OnStep | None = None) -> Array:
         """Draw samples.
@@ -108,16 +107,23 @@ class Pipeline:
             InvalidInput: a request the model cannot meet.
             RunFailed: the engine failed, or drew values that are not finite.
         """
-        spec, table = self.denoiser.spec, self.table(request)
+        spec, table, num = self.denoiser.spec, self.table(request), request.count
         for name, size in request.sizes.items():
             spec.dim(name).check(size, "the sample")
-        num = request.num or max(1, len(request.class_labels))
+        shape = spec.sample_shape(num, **request.sizes)
+        given = {
+            "init": None if request.init is None else fit_sample(request.init, shape, "the sample to start from"),
+            "mask": None if request.mask is None else fit_mask(request.mask, shape),
+            "noisy": None if request.noisy is None else fit_sample(request.noisy, shape, "the noisy sample"),
+        }
         conditions = self._conditions(request, num)
         drawn = []
         for first in range(0, num, request.batch):
             numbers = range(first, min(first + request.batch, num))
-            part = {name: value[numbers.start : numbers.stop] for name, value in conditions.items()}
-            drawn.append(self._draw(request, table, numbers, part, on_step))
+            rows = slice(numbers.start, numbers.stop)
+            part = self._rows(conditions, rows)
+            starts = {name: None if value is None else value[rows] for name, value in given.items()}
+            drawn.append(self._draw(request, table, numbers, part, starts, on_step))
         samples: Array = np.concatenate(drawn)
         broken = [int(k) for k in np.flatnonzero(~np.isfinite(samples).all(axis=tuple(range(1, samples.ndim))))]
         if broken:
@@ -127,49 +133,128 @@ class Pipeline:
             )
         return samples
 
+    # --------------------------------------------------------------------------------------------- one batch
+
     def _draw(
         self,
         request: Request,
         table: SolverTable,
         numbers: range,
         conditions: Mapping[str, Array],
+        starts: Mapping[str, Array | None],
         on_step: OnStep | None,
     ) -> Array:
-        """One batch: the samples ``numbers``."""
+        """The samples ``numbers``; ``starts`` holds their rows of init, mask and noisy."""
         shape = self.denoiser.spec.sample_shape(1, **request.sizes)[1:]
-        x_T = batch_normal(request.seed, numbers, shape)
-        x_T *= np.float32(table.init_noise_sigma)
 
-        def injected(j: int) -> Array:
-            return batch_normal(request.seed, numbers, shape, stream=1 + j)
+        def noise(stream: int) -> Array:
+            if request.seeds:
+                return np.stack([standard_normal(request.seeds[k], 0, shape, stream=stream) for k in numbers])
+            return batch_normal(request.seed, numbers, shape, stream=stream)
 
         def report(step: Step) -> None:
             if on_step is not None:
                 on_step(numbers.start, step)
 
-        network = self._network(request, conditions, len(numbers))
-        return sample(network, table, x_T, injected=injected, on_step=None if on_step is None else report)
+        init, mask, noisy = starts["init"], starts["mask"], starts["noisy"]
+        network = self._network(request, table, conditions, numbers)
+        if noisy is not None:
+            x_T = np.array(noisy)
+        elif init is not None:
+            x_T = noised(table, init, noise(START))
+        else:
+            x_T = noise(START)
+            x_T *= np.float32(table.init_noise_sigma)
+        if init is not None and mask is not None:
+            network = keep_known(network, table, init, mask)
+        final = sample(
+            network,
+            table,
+            x_T,
+            injected=lambda j: noise(1 + request.first_noise + j),
+            on_step=None if on_step is None else report,
+        )
+        # The loop leaves the known region within rounding; it is given, so it is given back exactly.
+        return final if init is None or mask is None else np.where(mask == 0, init, final)
 
     def _conditions(self, request: Request, num: int) -> dict[str, Array]:
         spec = self.denoiser.spec
         if spec.num_classes is None or request.conditions:
-            if request.class_labels:
+            if request.class_labels and self.classifier is None:
                 raise InvalidInput(f"{spec.name} is not class-conditional; leave --class-label out.")
-            for name, value in request.conditions.items():
-                if len(value) != num:
-                    raise InvalidInput(f"condition {name!r} holds {len(value)} samples, expected {num}.")
+            self._check_rows(request.conditions, num)
+            self._check_rows(request.unconditional, num)
             return dict(request.conditions)
-        labels = list(request.class_labels) or list(range(spec.num_classes))
-        return class_conditions(spec, [labels[k % len(labels)] for k in range(num)])
+        return class_conditions(spec, _labels(request, spec.num_classes, range(num)))
+
+    def _check_rows(self, conditions: Mapping[str, Array], num: int) -> None:
+        for name in self._batched & set(conditions):
+            if len(conditions[name]) != num:
+                raise InvalidInput(f"condition {name!r} holds {len(conditions[name])} samples, expected {num}.")
+
+    def _rows(self, conditions: Mapping[str, Array], rows: slice) -> dict[str, Array]:
+        """Those of some samples; what all samples share stays whole."""
+        return {name: value[rows] if name in self._batched else value for name, value in conditions.items()}
+
+    @property
+    def _batched(self) -> set[str]:
+        shared = {tensor.name for tensor in self.denoiser.spec.conditions if tensor.shape[:1] != ("batch",)}
+        return {tensor.name for tensor in self.denoiser.spec.conditions} - shared
+
+    # --------------------------------------------------------------------------------------------- guidance
 
     def _network(
-        self, request: Request, conditions: Mapping[str, Array], batch: int
-    ) -> Callable[[Array, float], Array]:
-        spec = self.denoiser.spec
-        scale = request.guidance_scale
-        if scale is None:
-            scale = spec.sampling.guidance_scale
+        self, request: Request, table: SolverTable, conditions: Mapping[str, Array], numbers: range
+    ) -> Network:
+        network = self._guided(request, table, conditions, numbers)
+        if self.classifier is None:
+            return network
+        classes = self.classifier.spec.num_classes
+        if classes is None:
+            raise InvalidInput(f"{self.classifier.spec.name} takes no class label, so it cannot guide to a class.")
+        labels = class_conditions(self.classifier.spec, _labels(request, classes, numbers))
+        return classifier_guided(network, self.classifier, labels, table, request.classifier_scale)
+
+    def _guided(self, request: Request, table: SolverTable, conditions: Mapping[str, Array], numbers: range) -> Network:
+        spec, guidance, batch = self.denoiser.spec, request.guidance, len(numbers)
+        given = self._rows(request.unconditional, slice(numbers.start, numbers.stop))
+        evaluate = self.denoiser if table.variance is None else self.denoiser.with_variance
+        default = spec.sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        embedded = [name for name in embedding_names(spec) if name not in conditions]
+        if embedded and self.guide is None:
+            return distilled(evaluate, conditions, spec, table, guidance, batch=batch, default_scale=default)
+        plain = not (guidance.acts_on_denoised or guidance.schedule or guidance.interval or self.guide)
+        scale = default if guidance.scale is None else guidance.scale
+        if scale == 1.0 and not guidance.schedule:
+            if not plain:
+                raise InvalidInput(
+                    f"guidance of scale 1 is none, so its other settings cannot act on {spec.name}; "
+                    "give another scale (--guidance-scale) or leave them out."
+                )
+            return classifier_free(evaluate, conditions, {}, 1.0)
+        if self.guide is not None:
+            without = self._guide_conditions(self.guide, {**conditions, **given})
+            return guided(
+                evaluate, conditions, without, table, guidance, default_scale=default, guide=self.guide.with_variance
+            )
         unconditional: Mapping[str, Array] = {}
-        if scale != 1.0 and spec.conditions:
-            unconditional = request.unconditional or null_conditions(spec, batch)
-        return classifier_free(self.denoiser, conditions, unconditional, scale)
+        if spec.conditions:
+            same = {name: value for name, value in conditions.items() if name in self._batched}
+            unconditional = {**same, **given} if given else null_conditions(spec, batch)
+        if plain:
+            return classifier_free(evaluate, conditions, unconditional, scale)
+        return guided(evaluate, conditions, unconditional, table, guidance, default_scale=default)
+
+    @staticmethod
+    def _guide_conditions(guide: Denoiser, known: Mapping[str, Array]) -> dict[str, Array]:
+        """What the guide is fed of the unconditional inputs and, where those lack a name, of the conditions."""
+        names = [tensor.name for tensor in guide.spec.conditions]
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise InvalidInput(f"guide {guide.spec.name} needs conditions {missing}, which the request does not hold.")
+        return {name: known[name] for name in names}
+
+
+def _labels(request: Request, classes: int, numbers: range) -> list[int]:
+    labels = list(request.class_labels) or list(range(classes))
+    return [labels[k % len(labels)] for k in numbers]

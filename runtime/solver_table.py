@@ -31,7 +31,8 @@ from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.jsonlike import decode_json, encode_json
 from lehr.runtime.paths import Path
 from lehr.runtime.prediction import Prediction
-from lehr.runtime.recurrence import Kept, Recurrence, find_recurrence
+from lehr.runtime.recurrence import Kept, Recurrence
+from lehr.runtime.recurrence_search import find_recurrence
 from lehr.runtime.table_ops import Clip, DenoisedOp, DynamicThreshold, LearnedVariance, op_from_json, op_to_json
 
 __all__ = ["MAX_EVALUATIONS", "Clip", "DynamicThreshold", "LearnedVariance", "SolverTable", "TableWriter"]
@@ -118,7 +119,7 @@ class SolverTable:
 
     @property
     def num_noises(self) -> int:
-        return self.noises.shape[1]
+        return int(self.noises.shape[1])
 
     @property
     def coefficients(self) -> Array:
@@ -126,14 +127,15 @@ class SolverTable:
         banks = [self.start[:, None], self.outputs, self.noises]
         if self.clipped is not None:
             banks.insert(2, self.clipped)
-        return np.concatenate(banks, axis=1)
+        coefficients: Array = np.concatenate(banks, axis=1)
+        return coefficients
 
     def gains(self) -> Array:
         """(N,) error gains: to first order an error δF_i moves the final sample by gains[i] * δF_i.
 
         This is the direct effect, the last row; the effect through later evaluations depends on the network.
         """
-        gains = self.outputs[-1].copy()
+        gains: Array = self.outputs[-1].copy()
         if self.clipped is not None:
             gains += self.clipped[-1] * self.denoised_from_output
         return gains
@@ -237,14 +239,14 @@ class TableWriter:
         self._sampler, self._path, self._prediction = sampler, path, prediction
         self._evaluations, self._noises = 0, 0
         self._capacity = (max_evaluations, max_noises)
-        self._basis = np.eye(1 + max_evaluations + max_noises)
+        self._basis: Array = np.eye(1 + max_evaluations + max_noises)
         self._rows: list[Array] = []
         self._points: list[tuple[float, float, float, float, float]] = []
 
     @property
     def x_T(self) -> Array:
         """The starting sample as a vector."""
-        return self._basis[0]
+        return self._vector(0)
 
     def denoise(self, x: Array, timestep: float) -> Array:
         """Evaluate the network at x and return D(x) as a vector; one row of the table."""
@@ -254,12 +256,17 @@ class TableWriter:
         self._rows.append(scale * x)
         self._points.append((timestep, alpha, sigma, on_sample / scale, on_output))
         self._evaluations += 1
-        return on_sample * x + on_output * self._basis[self._evaluations]
+        denoised: Array = on_sample * x + on_output * self._vector(self._evaluations)
+        return denoised
 
     def noise(self) -> Array:
         """A fresh unit noise as a vector."""
         self._noises += 1
-        return self._basis[self._capacity[0] + self._noises]
+        return self._vector(self._capacity[0] + self._noises)
+
+    def _vector(self, index: int) -> Array:
+        vector: Array = self._basis[index]
+        return vector
 
     def finish(self, x: Array, *, init_noise_sigma: float, options: Mapping[str, Any]) -> SolverTable:
         """The table whose final sample is ``x``."""

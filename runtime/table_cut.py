@@ -7,7 +7,7 @@ x_t = alpha_k x_0 + sigma_k eps, whoever made it. What a tail knows of the past 
 - a multistep method restarts its history: the quantity it keeps (D, eps or F) is taken to have been, before the cut,
   what it is at the cut. That is how such samplers take their own first step, at first order, and it is what two
   diffusers schedulers do of which the second begins at the cut;
-- a method that stands between two stages of one step at row k, or corrects earlier latents, cannot be cut there.
+- a method of which a later row uses a latent from before the cut, as two-stage ones do in mid-step, is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime.errors import InvalidInput
-from lehr.runtime.recurrence import Recurrence, Row
+from lehr.runtime.recurrence import Row
 from lehr.runtime.solver_table import SolverTable
 
 Array = npt.NDArray[np.float64]
@@ -172,7 +172,7 @@ def _restarted_rows(table: SolverTable, row: int) -> Array:
         outputs[0, i] = form.from_input[i] * inputs[i] + form.from_output[i] * basis[1 + i - row]
         if banks == 2:
             outputs[1, i] = basis[1 + n + i - row]
-        inputs[i + 1] = _row(table, row, form, form.rows[i + 1], inputs, outputs, basis[1 + banks * n :], first_noise)
+        inputs[i + 1] = _row(table, row, form.rows[i + 1], inputs, outputs, basis[1 + banks * n :], first_noise)
         rows.append(inputs[i + 1])
     return np.array(rows)
 
@@ -180,7 +180,6 @@ def _restarted_rows(table: SolverTable, row: int) -> Array:
 def _row(
     table: SolverTable,
     row: int,
-    form: Recurrence,
     terms: Row,
     inputs: dict[int, Array],
     outputs: dict[tuple[int, int], Array],

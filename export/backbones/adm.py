@@ -10,7 +10,7 @@ Shape legend: B batch, C channels, H W height and width, L = H W, E embedding ch
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -21,7 +21,7 @@ from lehr.export.backbones._layers import sinusoidal_embedding
 from lehr.export.backbones.preset import Preset
 from lehr.runtime.paths import VP, BetaSchedule, Path
 from lehr.runtime.prediction import EPSILON, Prediction
-from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, TensorSpec, Varies
+from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
 
 NUM_GROUPS = 32  # group norm groups everywhere (ADM appendix A)
 
@@ -279,9 +279,11 @@ def spec(name: str, p: Params, *, size: int, classes: int | None, path: Path, pr
     )
 
 
-def _preset(name: str, p: Params, *, size: int, classes: int | None, path: Path | None = None) -> Preset:
+def _preset(
+    name: str, p: Params, *, size: int, classes: int | None, path: Path | None = None, sampling: Sampling | None = None
+) -> Preset:
     described = spec(name, p, size=size, classes=classes, path=path or VP(), prediction=EPSILON)
-    return Preset(params=p, build=ADM, spec=described)
+    return Preset(params=p, build=ADM, spec=replace(described, sampling=sampling or described.sampling))
 
 
 PRESETS = {  # the ImageNet models: appendix I of the paper, table 11
@@ -325,5 +327,6 @@ PRESETS = {  # the ImageNet models: appendix I of the paper, table 11
         ),  # trained on MNIST by lehr.export.reference, shipped
         size=28,
         classes=10,
+        sampling=Sampling(guidance_scale=2.0),
     ),
 }

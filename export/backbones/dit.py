@@ -12,7 +12,7 @@ L = (H/p)(W/p) tokens, D token channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -31,7 +31,7 @@ from lehr.export.backbones._layers import (
 from lehr.export.backbones.preset import Preset
 from lehr.runtime.paths import VP, LinearFlow, Path
 from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, Prediction
-from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, TensorSpec, Varies
+from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
 
 # ---------------------------------------------------------------------------------------------- parameters
 
@@ -312,8 +312,11 @@ def spec(name: str, p: Params, *, size: int, path: Path, prediction: Prediction)
     )
 
 
-def _preset(name: str, p: Params, *, size: int, path: Path, prediction: Prediction) -> Preset:
-    return Preset(params=p, build=DiT, spec=spec(name, p, size=size, path=path, prediction=prediction))
+def _preset(
+    name: str, p: Params, *, size: int, path: Path, prediction: Prediction, sampling: Sampling | None = None
+) -> Preset:
+    described = spec(name, p, size=size, path=path, prediction=prediction)
+    return Preset(params=p, build=DiT, spec=replace(described, sampling=sampling or described.sampling))
 
 
 _SIZES = {  # hidden_size, depth, num_heads: table 1 of the paper
@@ -342,4 +345,5 @@ PRESETS["digits-dit"] = _preset(
     size=28,
     path=LinearFlow(),
     prediction=FLOW_PREDICTION,
+    sampling=Sampling(guidance_scale=2.0),
 )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lehr.export.backbones._layers import modulate, sinusoidal_embedding
+from lehr.export.backbones._layers import sinusoidal_embedding
 from lehr.export.backbones.preset import Preset
 from lehr.runtime.paths import LinearFlow
 from lehr.runtime.prediction import FLOW_PREDICTION
@@ -58,19 +58,27 @@ class Params:
 # -------------------------------------------------------------------------------------------------- layers
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, L, D) * (1 + scale) + shift, with shift and scale (B, 1, D)."""
+    return x * (1 + scale) + shift
+
+
 def rotary(ids: Tensor, axes_dim: tuple[int, ...], theta: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation of each channel pair, each (N, d/2), for ids (N, axes)."""
-    phases = []
+    """Cosines and sines of the rotation of each channel pair, each (N, d/2), for ids (N, axes).
+
+    Phases are computed in float32 at least, for they reach hundreds of radians; the result has ``dtype``.
+    """
+    wide, phases = torch.promote_types(dtype, torch.float32), []
     for axis, dim in enumerate(axes_dim):
-        k = torch.arange(0, dim, 2, dtype=dtype, device=ids.device)
-        phases.append(ids[:, axis, None].to(dtype) * torch.exp(-math.log(theta) * k / dim))
+        k = torch.arange(0, dim, 2, dtype=wide, device=ids.device)
+        phases.append(ids[:, axis, None].to(wide) * torch.exp(-math.log(theta) * k / dim))
     phase = torch.cat(phases, dim=-1)
-    return phase.cos(), phase.sin()
+    return phase.cos().to(dtype), phase.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate adjacent channel pairs of x (B, heads, N, d)."""
-    cos, sin = (part.to(x.dtype) for part in pe)
+    cos, sin = pe
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # each (B, heads, N, d/2)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
@@ -116,7 +124,7 @@ class QKNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """``count`` vectors (B, D) out of ``vec`` (B, D): shift, scale, gate, once or twice."""
+    """``count`` vectors (B, 1, D) out of ``vec`` (B, D): shift, scale, gate, once or twice."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -124,7 +132,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, count * dim)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec)).chunk(self.count, dim=1)
+        return self.lin(F.silu(vec)).unsqueeze(1).chunk(self.count, dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -168,10 +176,10 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.heads(modulate(self.img_norm1(img), i_shift1, i_scale1))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         attended, split = attention(q, k, v, pe), txt.shape[1]  # (B, N, D), text first
-        img = img + i_gate1.unsqueeze(1) * self.img_attn.proj(attended[:, split:])
-        img = img + i_gate2.unsqueeze(1) * self.img_mlp(modulate(self.img_norm2(img), i_shift2, i_scale2))
-        txt = txt + t_gate1.unsqueeze(1) * self.txt_attn.proj(attended[:, :split])
-        txt = txt + t_gate2.unsqueeze(1) * self.txt_mlp(modulate(self.txt_norm2(txt), t_shift2, t_scale2))
+        img = img + i_gate1 * self.img_attn.proj(attended[:, split:])
+        img = img + i_gate2 * self.img_mlp(modulate(self.img_norm2(img), i_shift2, i_scale2))
+        txt = txt + t_gate1 * self.txt_attn.proj(attended[:, :split])
+        txt = txt + t_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), t_shift2, t_scale2))
         return img, txt
 
 
@@ -195,7 +203,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.norm(q, k)
         out = self.linear2(torch.cat([attention(q, k, v, pe), F.gelu(mlp, approximate="tanh")], dim=-1))
-        return x + gate.unsqueeze(1) * out
+        return x + gate * out
 
 
 class LastLayer(nn.Module):
@@ -206,7 +214,7 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(vec).unsqueeze(1).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -260,9 +268,7 @@ class Flux(nn.Module):
         vec = self.time_in(scaled_sinusoid(timestep)) + self.vector_in(pooled_projections)
         if guidance is not None:
             vec = vec + self.guidance_in(scaled_sinusoid(guidance))
-        # The phases stay in float32 at least: they reach hundreds of radians.
-        phase_dtype = torch.promote_types(img.dtype, torch.float32)
-        pe = rotary(torch.cat([txt_ids, img_ids]), p.axes_dim, p.theta, dtype=phase_dtype)
+        pe = rotary(torch.cat([txt_ids, img_ids]), p.axes_dim, p.theta, dtype=img.dtype)
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)  # (B, N, D)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lehr.engines.graph.tensor_file import TensorInfo
 from lehr.engines.graph.weights import WeightSource
-from lehr.export.checkpoints.rules import Origin, Rule, ignored, origin
+from lehr.export.checkpoints.rules import Origin, Rule, Transform, ignored, origin
 from lehr.export.weights import numpy_dtype, to_numpy, to_torch
 from lehr.runtime.errors import InvalidInput
 
@@ -130,13 +130,13 @@ class MappedSource:
         return to_numpy(found.read(self._tensor))
 
     def check_copies(self) -> None:
-        """Read every tensor that the checkpoint stores several times.
+        """Read what the checkpoint stores several times: tensors in every block, rows and columns of a grid.
 
         Raises:
             CopiesDiffer: they are not equal.
         """
         for found in self._origins.values():
-            if any(len(part) > 1 for part in found.parts):
+            if any(len(part) > 1 for part in found.parts) or found.transform is Transform.GRID_ROWS:
                 found.read(self._tensor)
 
     def _dtype(self, key: str) -> torch.dtype:

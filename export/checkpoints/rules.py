@@ -180,7 +180,7 @@ def _grid(table: Tensor) -> tuple[Tensor, Tensor]:
     side, _ = _grid_shape(tuple(table.shape))
     columns, rows = table.reshape(side, side, -1).chunk(2, dim=-1)
     if not (torch.equal(columns, columns[:1].expand_as(columns)) and torch.equal(rows, rows[:, :1].expand_as(rows))):
-        raise InvalidInput(
+        raise CopiesDiffer(
             "the position table is no sin-cos grid (first half by column, second half by row), so it cannot be "
             "stored as rows and columns. Export the checkpoint through the library it was written with instead."
         )

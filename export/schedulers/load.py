@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import diffusers.schedulers
 
+from lehr.export.schedulers.refusals import quiet
 from lehr.runtime.errors import InvalidInput, MissingExtra, UnknownName
 
 _NAME = "scheduler_config.json"
@@ -38,7 +39,8 @@ def load_scheduler(source: str | Path) -> Any:
         raise UnknownName("scheduler", name, known)
     kind = getattr(diffusers.schedulers, name)
     try:
-        return kind.from_config(config)
+        with quiet():
+            return kind.from_config(config)
     except ImportError as e:
         raise MissingExtra("torchsde" if "torchsde" in str(e) else "scipy", "diffusers") from e
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as e:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lehr.export.schedulers.refusals import is_a
 from lehr.runtime.errors import UnsupportedScheduler
 from lehr.runtime.prediction import Prediction, PredictionKind
 
@@ -216,7 +217,7 @@ def prediction_of(scheduler: Any, family: Family) -> Prediction:
     if family.edm:
         sign = -1 if named == "v_prediction" else 1
         return Prediction(kind=PredictionKind.EDM, sigma_data=float(config.sigma_data), sign=sign)
-    towards_data = bool(config.get("invert_sigmas")) or type(scheduler).__name__ == "MiniMaxH3Scheduler"
+    towards_data = bool(config.get("invert_sigmas")) or is_a(scheduler, "MiniMaxH3Scheduler")
     kind = family.kind or _KINDS.get(named)
     if kind is None:
         raise UnsupportedScheduler(

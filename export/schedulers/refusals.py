@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lehr.runtime.errors import InvalidInput, UnsupportedScheduler
@@ -33,6 +35,16 @@ WITHIN_STEP = {
 }
 
 
+def is_a(scheduler: Any, name: str) -> bool:
+    """Whether the scheduler's class, or one that it is derived from, has this name."""
+    return any(parent.__name__ == name for parent in type(scheduler).__mro__)
+
+
+def within_step(scheduler: Any) -> set[str]:
+    """Arguments of ``step`` that the run fills in as the scheduler's own pipeline does."""
+    return set().union(*(names for name, names in WITHIN_STEP.items() if is_a(scheduler, name)))
+
+
 def check_supported(scheduler: Any) -> None:
     """Refuse what is known not to be a table.
 
@@ -43,21 +55,29 @@ def check_supported(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if not hasattr(scheduler, "config"):
         raise InvalidInput(f"expected a diffusers scheduler, got {name}; load one with load_scheduler(folder).")
-    for parent in type(scheduler).__mro__:
-        if parent.__name__ in REFUSED:
-            raise UnsupportedScheduler(f"{name} cannot become a solver table: {REFUSED[parent.__name__]}.")
+    for refused, reason in REFUSED.items():
+        if is_a(scheduler, refused):
+            raise UnsupportedScheduler(f"{name} cannot become a solver table: {reason}.")
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise UnsupportedScheduler(f"{name} has no step() and set_timesteps(), so it cannot be run on basis vectors.")
     needs = [
         p.name for p in step_parameters(scheduler).values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
     ]
-    unknown = sorted(set(needs) - PLAIN - WITHIN_STEP.get(name, set()))
+    unknown = sorted(set(needs) - PLAIN - within_step(scheduler))
     if unknown:
         raise UnsupportedScheduler(f"{name} cannot become a solver table: its step() also needs {', '.join(unknown)}.")
     if getattr(scheduler, "_scale_factors", None):
         raise UnsupportedScheduler(
             f"{name} with scale_factors resizes the sample between steps; set scale_factors=None."
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of diffusers' own code: dividing by a last sigma of 0, calling numpy as of old."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def step_parameters(scheduler: Any) -> Mapping[str, inspect.Parameter]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lehr.export.schedulers.refusals import HANDLED, PLAIN, WITHIN_STEP, settings, step_parameters
+from lehr.export.schedulers.refusals import HANDLED, PLAIN, quiet, settings, step_parameters, within_step
 from lehr.runtime.errors import InvalidInput, UnsupportedScheduler
 from lehr.runtime.solver_table import MAX_EVALUATIONS
 
@@ -52,7 +52,8 @@ def prepare(
         arguments["num_inference_steps"] = num_inference_steps or len(timesteps or sigmas or ()) - 1
     work = copy.deepcopy(scheduler)
     try:
-        work.set_timesteps(**arguments)
+        with quiet():
+            work.set_timesteps(**arguments)
     except (AssertionError, TypeError, ValueError) as e:
         raise InvalidInput(f"{name} refuses this schedule: {e or type(e).__name__}") from e
     except (ArithmeticError, AttributeError, LookupError, RuntimeError) as e:
@@ -101,7 +102,7 @@ def step_arguments(scheduler: Any, options: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         InvalidInput: ``step`` has no such argument, or it is one that the loop provides.
     """
-    ours = PLAIN | HANDLED | WITHIN_STEP.get(type(scheduler).__name__, set())
+    ours = PLAIN | HANDLED | within_step(scheduler)
     _check_known(settings(scheduler), "step", options, set(step_parameters(scheduler)) - ours)
     return dict(options)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.guidance.evaluations import Evaluations
-from lehr.runtime.guidance.plain import Evaluate
+from lehr.runtime.guidance.plain import Evaluate, halves
 from lehr.runtime.guidance.setting import Guidance, Projection
 from lehr.runtime.loop import Network
 from lehr.runtime.solver_table import SolverTable
@@ -54,7 +54,7 @@ def guided(
             "this model has no condition, so guidance cannot act; leave it out or give a network that guides."
         )
     scales = guidance.scales(table, default_scale)
-    both = {} if guide else {name: np.concatenate([unconditional[name], value]) for name, value in conditions.items()}
+    both = {} if guide is not None else halves(conditions, unconditional)
     combine = _Combination(table, guidance)
     evaluations = Evaluations(table)
 

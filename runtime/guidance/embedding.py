@@ -48,7 +48,8 @@ def embedded_scale(spec: ModelSpec, guidance_scale: float, batch: int) -> dict[s
             feeds[tensor.name] = np.tile(_sinusoid(guidance_scale - 1, size), (batch, 1)).astype(tensor.dtype.numpy)
     if not feeds:
         raise InvalidInput(
-            f"{spec.name} takes no guidance scale as an input; inputs that hold one are named {' or '.join(EMBEDDINGS)}."
+            f"{spec.name} takes no guidance scale as an input; inputs that hold one are named "
+            f"{' or '.join(EMBEDDINGS)}."
         )
     return feeds
 

@@ -20,6 +20,14 @@ def network(evaluate: Evaluate, conditions: Mapping[str, Array]) -> Network:
     return lambda sample, timestep: evaluate(sample, timestep, conditions)
 
 
+def halves(conditions: Mapping[str, Array], unconditional: Mapping[str, Array]) -> dict[str, Array]:
+    """The conditions of twice the batch: without the condition, then with it."""
+    return {
+        name: np.concatenate([unconditional[name], value]) if name in unconditional else value
+        for name, value in conditions.items()
+    }
+
+
 def classifier_free(
     evaluate: Evaluate, conditions: Mapping[str, Array], unconditional: Mapping[str, Array], guidance_scale: float
 ) -> Network:
@@ -28,7 +36,7 @@ def classifier_free(
     Args:
         evaluate: ``evaluate(sample, timestep, conditions)`` at any batch.
         conditions: name -> (B, …).
-        unconditional: the same names and shapes, meaning "none".
+        unconditional: the same names and shapes, meaning "none"; a name it lacks is shared by all samples.
         guidance_scale: w; 1 is no guidance, and then one half is enough.
 
     Raises:
@@ -40,7 +48,7 @@ def classifier_free(
         return network(evaluate, conditions)
     if not conditions:
         raise InvalidInput("this model has no condition, so guidance cannot act; leave --guidance-scale at 1.")
-    both = {name: np.concatenate([unconditional[name], value]) for name, value in conditions.items()}
+    both = halves(conditions, unconditional)
 
     def both_halves(sample: Array, timestep: float) -> Array:
         without, with_condition = np.split(evaluate(np.concatenate([sample, sample]), timestep, both), 2)

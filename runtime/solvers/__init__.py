@@ -52,6 +52,7 @@ def solver_table(
     spacing: Spacing | Schedule = Spacing.AUTO,
     eta: float | None = None,
     options: Options | None = None,
+    begin_at: int = 0,
 ) -> SolverTable:
     """The table of sampler ``name`` with ``num_inference_steps`` steps over ``path``.
 
@@ -63,10 +64,12 @@ def solver_table(
         spacing: a name or a schedule of ``runtime/schedules.py``.
         eta: share of injected noise, for samplers that take it; None is the sampler's own default.
         options: of the type the sampler declares; None is its defaults.
+        begin_at: the first steps that are left out (img2img); the method starts afresh at the timestep after them.
 
     Raises:
         InvalidInput: an unknown sampler, a number of steps out of range, a path the sampler is not defined on,
-            a schedule that does not fit, options of another sampler, or ``eta`` for a sampler without.
+            a schedule that does not fit, options of another sampler, ``eta`` for a sampler without, or a beginning
+            after the last step.
     """
     chosen = sampler(name)
     if not isinstance(path, chosen.paths):
@@ -75,6 +78,9 @@ def solver_table(
     if spacing is Spacing.AUTO and isinstance(path, VP):
         spacing = chosen.spacing
     visited = timesteps(path, num_inference_steps, spacing)
+    if not 0 <= begin_at < len(visited):
+        raise InvalidInput(f"a loop of {len(visited)} steps begins at one of 0 to {len(visited) - 1}, not {begin_at}.")
+    visited = visited[begin_at:]
     _check_start(path, prediction, float(visited[0]))
     return chosen.build(path, prediction, visited, _options(chosen, eta, options))
 

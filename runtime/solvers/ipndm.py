@@ -1,6 +1,7 @@
 """iPNDM: DDIM steps along Adams-Bashforth means of eps, without a warm-up (Zhang & Chen 2023, arXiv:2204.13902).
 
-The weights are those of equal steps; where steps in r = sigma / alpha are uneven, lms has the right ones.
+The weights are those of equal steps in r = sigma / alpha, which no schedule has: the order is two. lms has the weights
+of the actual steps.
 
 diffusers: IPNDMScheduler on its own grid (alpha = sqrt(1 - sin^4), v predictions); equal on a grid that starts below
 pure noise. At pure noise, where it starts, it divides by alpha = 1e-8 and loses the x_0 estimate of the first step.
@@ -58,7 +59,7 @@ SAMPLER = Sampler(
     name="ipndm",
     summary="linear multistep with the weights of equal steps",
     reference="Zhang & Chen 2023, arXiv:2204.13902",
-    order=1,
+    order=2,
     build=ipndm,
     options=IPNDMOptions(),
     paths=DIFFUSIONS,

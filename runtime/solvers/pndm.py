@@ -1,10 +1,11 @@
 """PNDM: pseudo linear multistep, DDIM steps along averaged eps (Liu et al. 2022, arXiv:2202.09778, equations 12, 13).
 
-The Adams-Bashforth weights are those of equal steps in the timestep; on other schedules the method is first order.
+The Adams-Bashforth weights are those of equal steps in sigma / alpha, which no schedule has: the order is two.
 
-diffusers: PNDMScheduler with ``set_alpha_to_one=True`` and "leading" spacing; ``skip_prk_steps`` is ``warmup`` "plms".
-With ``set_alpha_to_one=False`` (the Stable Diffusion configuration) it ends at the first training timestep. It always
-steps by T // N and puts Runge-Kutta's middle on a whole timestep, and fails below 4 steps.
+diffusers: PNDMScheduler with ``set_alpha_to_one=True``, "leading" spacing and epsilon predictions; ``skip_prk_steps``
+is ``warmup`` "plms". With ``set_alpha_to_one=False`` (the Stable Diffusion configuration) it ends at the first training
+timestep. Of other predictions it averages the network's outputs, which are not eps. It always steps by T // N, puts
+Runge-Kutta's middle on a whole timestep, and fails below 4 steps.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 schedulers = importlib.import_module("diffusers.schedulers")
 
-from lehr.export.schedulers import dynamic_shift, load_scheduler, trace_scheduler  # noqa: E402 - after the skips
-from lehr.runtime.errors import InvalidInput, LehrError, UnknownName, UnsupportedScheduler  # noqa: E402
+from lehr.export.schedulers import trace_scheduler  # noqa: E402 - after the skips
+from lehr.runtime.errors import LehrError  # noqa: E402
 from lehr.runtime.loop import Step, sample  # noqa: E402
-from lehr.runtime.prediction import PredictionKind  # noqa: E402
-from lehr.runtime.solver_table import Clip, DynamicThreshold, LearnedVariance, SolverTable  # noqa: E402
+from lehr.runtime.solver_table import SolverTable  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers deprecates its own options
@@ -258,87 +257,127 @@ BREAKS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameErro
 
 # ----------------------------------------------------------------------------------------------------- the grid
 
+# fmt: off
 BETAS = {"beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"]}
 SPACINGS = {"timestep_spacing": ["linspace", "leading", "trailing"], "steps_offset": [0, 1]}
+TWO = {"prediction_type": ["epsilon", "v_prediction"]}
 THREE = {"prediction_type": ["epsilon", "sample", "v_prediction"]}
+FOUR = {"prediction_type": ["epsilon", "sample", "v_prediction", "flow_prediction"]}
 SIGMAS = {"sigmas": ["", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]}
 THRESHOLD = {"thresholding": [False, True], "sample_max_value": [1.0, 2.5], "dynamic_thresholding_ratio": [0.995, 0.8]}
 CLIP = {"clip_sample": [True, False], "clip_sample_range": [1.0, 0.7]}
+NO_CLIP = {"clip_sample": [False, True], "clip_sample_range": [1.0, 0.7]}
 ZERO = {"rescale_betas_zero_snr": [False, True]}
 LAST = {"final_sigmas_type": ["zero", "sigma_min"]}
 FLOW_SIGMAS = {"use_flow_sigmas": [False, True], "flow_shift": [1.0, 3.0]}
-FOUR = {"prediction_type": ["epsilon", "sample", "v_prediction", "flow_prediction"]}
-SECOND = {"solver_order": [2, 1, 3], "solver_type": ["midpoint", "heun"], "lower_order_final": [True, False]}
+LOWER = {"lower_order_final": [True, False]}
+SECOND = {"solver_order": [2, 1, 3], "solver_type": ["midpoint", "heun"], **LOWER}
+ALPHA = {"set_alpha_to_one": [True, False]}
+EULER = {"euler_at_final": [False, True]}
+CUT = {"lambda_min_clipped": [-float("inf"), -5.1]}
+VARIANCE = {"variance_type": [None, "learned_range"]}
+EDM = {**TWO, "sigma_schedule": ["karras", "exponential"], **LAST}
 STEPS = [1, 2, 3, 4, 5, 7, 10, 20, 33, 50]
 DDPM = {
     "variance_type": ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"],
     **THREE, **CLIP, **THRESHOLD, **BETAS, **SPACINGS, **ZERO,
-}  # fmt: skip
+}
 DDIM = {
-    **THREE, **CLIP, **THRESHOLD, **BETAS, **SPACINGS, **ZERO, "set_alpha_to_one": [True, False],
-    "eta": [0.0, 0.5, 1.0], "use_clipped_model_output": [False, True],
-}  # fmt: skip
-CONSISTENCY = {**THREE, "clip_sample": [False, True], "clip_sample_range": [1.0, 0.7], **THRESHOLD, **BETAS, **ZERO,
-               "set_alpha_to_one": [True, False], "original_inference_steps": [50, 100], "timestep_scaling": [10.0, 3.0]}  # fmt: skip
+    **THREE, **CLIP, **THRESHOLD, **BETAS, **SPACINGS, **ZERO, **ALPHA, "eta": [0.0, 0.5, 1.0],
+    "use_clipped_model_output": [False, True],
+}
+CONSISTENCY = {
+    **THREE, **NO_CLIP, **THRESHOLD, **BETAS, **ZERO, **ALPHA, "original_inference_steps": [50, 100],
+    "timestep_scaling": [10.0, 3.0],
+}
 FLOW = {
     "shift": [1.0, 3.0], "mu": [None, 0.9], "shift_terminal": [None, 0.1], **SIGMAS, "invert_sigmas": [False, True],
     "time_shift_type": ["exponential", "linear"], "sigmas_given": [None, "linear"],
-}  # fmt: skip
-COG = {**THREE, **BETAS, **ZERO, "set_alpha_to_one": [True, False], "snr_shift_scale": [3.0, 1.0],
-       "timestep_spacing": ["leading", "linspace", "trailing"]}  # fmt: skip
-MULTISTEP = {"algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"], **FOUR, **SECOND,
-             **LAST, **SIGMAS, **FLOW_SIGMAS, **THRESHOLD, **BETAS, "variance_type": [None, "learned_range"]}  # fmt: skip
+}
+COG = {
+    **THREE, **BETAS, **ZERO, **ALPHA, "snr_shift_scale": [3.0, 1.0],
+    "timestep_spacing": ["leading", "linspace", "trailing"],
+}
+INVERSE = {
+    "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"], **FOUR, **SECOND, **SIGMAS,
+    **FLOW_SIGMAS, **THRESHOLD, **BETAS, **VARIANCE,
+}
 AXES: dict[str, dict[str, list[Any]]] = {
     "DDPMScheduler": DDPM,
     "DDPMParallelScheduler": DDPM,
     "DDIMScheduler": DDIM,
     "DDIMParallelScheduler": DDIM,
-    "DDIMInverseScheduler": {**THREE, **CLIP, **BETAS, "timestep_spacing": ["leading", "trailing"], "set_alpha_to_one": [True, False]},
+    "DDIMInverseScheduler": {**THREE, **CLIP, **BETAS, "timestep_spacing": ["leading", "trailing"], **ALPHA},
     "CogVideoXDDIMScheduler": COG,
     "CogVideoXDPMScheduler": COG,
-    "PNDMScheduler": {"prediction_type": ["epsilon", "v_prediction"], "skip_prk_steps": [False, True], "set_alpha_to_one": [False, True], **BETAS,
-                      "timestep_spacing": ["leading", "linspace", "trailing"], "steps_offset": [0, 1]},
+    "PNDMScheduler": {
+        **TWO, "skip_prk_steps": [False, True], "set_alpha_to_one": [False, True], **BETAS,
+        "timestep_spacing": ["leading", "linspace", "trailing"], "steps_offset": [0, 1],
+    },
     "IPNDMScheduler": {},
-    "EulerDiscreteScheduler": {**THREE, **SIGMAS, **SPACINGS, **BETAS, **LAST, **ZERO, "interpolation_type": ["linear", "log_linear"],
-                               "timestep_type": ["discrete", "continuous"], "s_churn": [0.0, 3.0], "s_noise": [1.0, 1.01], "sigmas_given": [None, "ays"]},
-    "EulerAncestralDiscreteScheduler": {"prediction_type": ["epsilon", "v_prediction"], **SPACINGS, **BETAS, **ZERO},
-    "HeunDiscreteScheduler": {**THREE, **SIGMAS, **SPACINGS, "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2", "exp"],
-                              "clip_sample": [False, True], "clip_sample_range": [1.0, 0.7]},
+    "EulerDiscreteScheduler": {
+        **THREE, **SIGMAS, **SPACINGS, **BETAS, **LAST, **ZERO, "interpolation_type": ["linear", "log_linear"],
+        "timestep_type": ["discrete", "continuous"], "s_churn": [0.0, 3.0], "s_noise": [1.0, 1.01],
+        "sigmas_given": [None, "align your steps"],
+    },
+    "EulerAncestralDiscreteScheduler": {**TWO, **SPACINGS, **BETAS, **ZERO},
+    "HeunDiscreteScheduler": {
+        **THREE, **SIGMAS, **SPACINGS, "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2", "exp"],
+        **NO_CLIP,
+    },
     "LMSDiscreteScheduler": {**THREE, **SIGMAS, **SPACINGS, **BETAS, "order": [4, 2]},
     "KDPM2DiscreteScheduler": {**THREE, **SIGMAS, **SPACINGS, **BETAS},
     "KDPM2AncestralDiscreteScheduler": {**THREE, **SIGMAS, **SPACINGS, **BETAS},
-    "DPMSolverSDEScheduler": {"prediction_type": ["epsilon", "v_prediction"], **SIGMAS, **SPACINGS, **BETAS, "s_noise": [1.0, 0.9]},
-    "DPMSolverMultistepScheduler": {**MULTISTEP, **SPACINGS, **ZERO, "euler_at_final": [False, True], "lambda_min_clipped": [-float("inf"), -5.1],
-                                    "sigmas": [*SIGMAS["sigmas"], "use_lu_lambdas"], "timesteps_given": [None, "descending"]},
-    "DPMSolverMultistepInverseScheduler": {**{k: v for k, v in MULTISTEP.items() if k != "final_sigmas_type"}, **SPACINGS, "euler_at_final": [False, True]},
-    "DPMSolverSinglestepScheduler": {**MULTISTEP, "lower_order_final": [True, False], "lambda_min_clipped": [-float("inf"), -5.1]},
-    "DEISMultistepScheduler": {**FOUR, "solver_order": [2, 1, 3], "lower_order_final": [True, False], **SIGMAS, **FLOW_SIGMAS, **THRESHOLD, **BETAS, **SPACINGS},
-    "UniPCMultistepScheduler": {**FOUR, "solver_order": [2, 1, 3, 4], "predict_x0": [True, False], "solver_type": ["bh2", "bh1"], "lower_order_final": [True, False],
-                                "disable_corrector": [[], [0, 1]], **SIGMAS, **FLOW_SIGMAS, **LAST, **THRESHOLD, **BETAS, **SPACINGS, **ZERO},
-    "SASolverScheduler": {**FOUR, "predictor_order": [2, 1, 3, 4], "corrector_order": [2, 1, 3, 4], "algorithm_type": ["data_prediction", "noise_prediction"],
-                          "tau_func": [None, "always", "late"], "lower_order_final": [True, False], **SIGMAS, **FLOW_SIGMAS, **THRESHOLD, **BETAS, **SPACINGS,
-                          "variance_type": [None, "learned_range"]},
+    "DPMSolverSDEScheduler": {**TWO, **SIGMAS, **SPACINGS, **BETAS, "s_noise": [1.0, 0.9]},
+    "DPMSolverMultistepScheduler": {
+        **INVERSE, **LAST, **SPACINGS, **ZERO, **EULER, **CUT, "sigmas": [*SIGMAS["sigmas"], "use_lu_lambdas"],
+        "timesteps_given": [None, "descending"],
+    },
+    "DPMSolverMultistepInverseScheduler": {**INVERSE, **SPACINGS, **EULER},
+    "DPMSolverSinglestepScheduler": {**INVERSE, **LAST, **CUT},
+    "DEISMultistepScheduler": {
+        **FOUR, "solver_order": [2, 1, 3], **LOWER, **SIGMAS, **FLOW_SIGMAS, **THRESHOLD, **BETAS, **SPACINGS,
+    },
+    "UniPCMultistepScheduler": {
+        **FOUR, "solver_order": [2, 1, 3, 4], "predict_x0": [True, False], "solver_type": ["bh2", "bh1"], **LOWER,
+        "disable_corrector": [[], [0, 1]], **SIGMAS, **FLOW_SIGMAS, **LAST, **THRESHOLD, **BETAS, **SPACINGS, **ZERO,
+    },
+    "SASolverScheduler": {
+        **FOUR, "predictor_order": [2, 1, 3, 4], "corrector_order": [2, 1, 3, 4],
+        "algorithm_type": ["data_prediction", "noise_prediction"], "tau_func": [None, "always", "late"], **LOWER,
+        **SIGMAS, **FLOW_SIGMAS, **THRESHOLD, **BETAS, **SPACINGS, **VARIANCE,
+    },
     "LCMScheduler": CONSISTENCY,
     "TCDScheduler": {**CONSISTENCY, "eta": [0.3, 0.0, 1.0]},
-    "UnCLIPScheduler": {"prediction_type": ["epsilon", "sample"], "variance_type": ["fixed_small_log", "learned_range"], **CLIP},
+    "UnCLIPScheduler": {
+        "prediction_type": ["epsilon", "sample"], "variance_type": ["fixed_small_log", "learned_range"], **CLIP,
+    },
     "DDPMWuerstchenScheduler": {"scaler": [1.0, 2.0, 0.5]},
     "SCMScheduler": {"sigma_data": [0.5, 1.0], "intermediate_timesteps": [None], "max_timesteps": [1.5708, 1.4]},
-    "CMStochasticIterativeScheduler": {"num_train_timesteps": [40, 201], "clip_denoised": [True, False], "s_noise": [1.0, 0.9], "sigma_data": [0.5, 1.0]},
+    "CMStochasticIterativeScheduler": {
+        "num_train_timesteps": [40, 201], "clip_denoised": [True, False], "s_noise": [1.0, 0.9],
+        "sigma_data": [0.5, 1.0],
+    },
     "ConsistencyDecoderScheduler": {"sigma_data": [0.5, 1.0]},
-    "EDMEulerScheduler": {"prediction_type": ["epsilon", "v_prediction"], "sigma_schedule": ["karras", "exponential"], **LAST, "sigma_data": [0.5, 1.0],
-                          "s_churn": [0.0, 5.0]},
-    "EDMDPMSolverMultistepScheduler": {"prediction_type": ["epsilon", "v_prediction"], "sigma_schedule": ["karras", "exponential"], **LAST, **SECOND,
-                                       "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"], "euler_at_final": [False, True], **THRESHOLD},
-    "CosineDPMSolverMultistepScheduler": {"prediction_type": ["v_prediction", "epsilon"], "sigma_schedule": ["exponential", "karras"], **LAST,
-                                          "solver_order": [2, 1], "solver_type": ["midpoint", "heun"], "lower_order_final": [True, False]},
+    "EDMEulerScheduler": {**EDM, "sigma_data": [0.5, 1.0], "s_churn": [0.0, 5.0]},
+    "EDMDPMSolverMultistepScheduler": {
+        **EDM, **SECOND, "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"], **EULER, **THRESHOLD,
+    },
+    "CosineDPMSolverMultistepScheduler": {
+        **EDM, "solver_order": [2, 1], "solver_type": ["midpoint", "heun"], **LOWER, **EULER,
+    },
     "FlowMatchEulerDiscreteScheduler": {**FLOW, "stochastic_sampling": [False, True]},
     "FlowMatchHeunDiscreteScheduler": {"shift": [1.0, 3.0], "s_churn": [0.0, 4.0]},
     "FlowMatchLCMScheduler": FLOW,
     "FlowMapEulerDiscreteScheduler": {"shift": [1.0, 5.0]},
     "LTXEulerAncestralRFScheduler": {"eta": [1.0, 0.5, 0.0], "s_noise": [1.0, 0.9]},
     "MiniMaxH3Scheduler": {"shift": [12.0, 3.0]},
-    "HeliosScheduler": {"stages": [1], "scheduler_type": ["unipc", "euler"], "shift": [1.0, 3.0], "solver_order": [2, 3], "solver_type": ["bh2", "bh1"]},
-}  # fmt: skip
+    "HeliosScheduler": {
+        "stages": [1], "scheduler_type": ["unipc", "euler"], "shift": [1.0, 3.0], "solver_order": [2, 3],
+        "solver_type": ["bh2", "bh1"],
+    },
+}
+# fmt: on
 IN_STEP = {
     "DDIMScheduler": {"eta", "use_clipped_model_output"},
     "DDIMParallelScheduler": {"eta", "use_clipped_model_output"},
@@ -363,7 +402,7 @@ def case_of(name: str, chosen: dict[str, Any], steps: int) -> Case:
         options["use_dynamic_shifting"], schedule["mu"] = True, mu
     if options.pop("sigmas_given", None) == "linear":
         schedule["sigmas"] = np.linspace(1, 1 / steps, steps).tolist()
-    elif "sigmas_given" in chosen and chosen["sigmas_given"] == "ays":
+    elif "sigmas_given" in chosen and chosen["sigmas_given"] == "align your steps":
         schedule["sigmas"] = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0]
     if options.pop("timesteps_given", None):
         schedule["timesteps"] = np.linspace(990, 10, steps).round().astype(int).tolist()
@@ -376,12 +415,12 @@ def steps_for(name: str) -> list[int]:
     return {"ConsistencyDecoderScheduler": [2], "SCMScheduler": [1, 2, 4, 8]}.get(name, STEPS)
 
 
-def one_at_a_time(name: str) -> list[Case]:
-    """The defaults at every number of steps, and every single option changed."""
-    axes, steps = AXES[name], steps_for(name)
+def one_at_a_time(name: str, steps: list[int]) -> list[Case]:
+    """The defaults at these numbers of steps, and every single option changed."""
+    axes = AXES[name]
     defaults = {key: values[0] for key, values in axes.items()}
     chosen = [defaults] + [{**defaults, key: value} for key, values in axes.items() for value in values[1:]]
-    middle = steps[-1] if len(steps) < len(STEPS) else 10
+    middle = 10 if 10 in steps else steps[-1]
     return [case_of(name, defaults, n) for n in steps] + [case_of(name, options, middle) for options in chosen[1:]]
 
 
@@ -404,7 +443,9 @@ def judge(cases: list[Case]) -> dict[str, Any]:
     return {
         "configurations": len(cases),
         **{kind: sum(outcome.kind == kind for _, outcome in outcomes) for kind in ("equal", "refused", "invalid")},
-        "largest_error": max((max(outcome.error, outcome.error_64) for outcome in equal), default=0.0),
+        "largest_float32_error": max((outcome.error for outcome in equal), default=0.0),
+        "largest_float64_error": max((outcome.error_64 for outcome in equal), default=0.0),
+        "largest_gap_of_the_scheduler": max((outcome.gap for outcome in equal), default=0.0),
         "largest_share_of_tolerance": max((outcome.share for outcome in equal), default=0.0),
         "without_recurrence": sum("dense" in outcome.detail for outcome in equal),
         "reasons": sorted({outcome.detail for _, outcome in outcomes if outcome.kind == "refused"}),
@@ -418,7 +459,8 @@ def judge(cases: list[Case]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in AXES if "Parallel" not in name])
 def test_every_single_option_gives_a_table_equal_to_the_scheduler(name: str) -> None:
-    result = judge(one_at_a_time(name))
+    slow = name.startswith(("LMS", "KDPM2"))  # diffusers integrates, or searches, every step of these
+    result = judge(one_at_a_time(name, [1, 3, 10] if slow else [n for n in steps_for(name) if n not in (4, 7, 33)]))
 
     assert not result["different"], "\n".join(result["different"])
     assert result["equal"] >= 0.6 * result["configurations"]  # the rest is broken in diffusers itself
@@ -430,7 +472,7 @@ def test_the_full_grid_of_options_gives_tables_equal_to_the_schedulers() -> None
     names = (
         os.environ.get("LEHR_GRID_SCHEDULERS", "").split(",") if os.environ.get("LEHR_GRID_SCHEDULERS") else list(AXES)
     )
-    results = {name: judge(one_at_a_time(name) + many_at_a_time(name, 300)) for name in names}
+    results = {name: judge(one_at_a_time(name, steps_for(name)) + many_at_a_time(name, 300)) for name in names}
     if os.environ.get("LEHR_RECORD_RESULTS"):
         record(results)
     different = [text for result in results.values() for text in result["different"]]
@@ -446,9 +488,9 @@ def record(results: dict[str, dict[str, Any]]) -> None:
     numbers = ("configurations", "equal", "refused", "invalid", "without_recurrence")
     data = {
         "command": "LEHR_RECORD_RESULTS=1 python -m pytest -m long tests/export/test_schedulers.py",
-        "what": "traced table against the scheduler on the same noise, a network that is not linear in the loop; equal: "
-        "float32 and float64 both within max(2e-6, twice the scheduler's own float32-float64 gap); refused: diffusers "
-        "itself fails or is not finite there; invalid: its constructor refuses the options",
+        "what": "traced table against the scheduler on the same noise, a network that is not linear in the loop; "
+        "equal: float32 and float64 both within max(2e-6, twice the scheduler's own float32-float64 gap); refused: "
+        "diffusers itself fails or is not finite there; invalid: its constructor refuses the options",
         "environment": {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -464,7 +506,7 @@ def record(results: dict[str, dict[str, Any]]) -> None:
     RESULTS.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------------ the x_0 estimate
 
 
 @pytest.mark.parametrize(
@@ -510,237 +552,3 @@ def test_denoised_is_what_the_scheduler_calls_the_predicted_original_sample(name
 
     for step, original in zip(seen, expected, strict=True):
         assert relative(step.denoised, original) < 2e-5
-
-
-def test_the_input_lies_on_the_path_that_the_table_names() -> None:
-    x_0, eps = np.random.default_rng(0).standard_normal((2, 1, 3, 4, 4))
-    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler", "EDMEulerScheduler"):
-        table = trace_scheduler(scheduler_class(name)(), 8)
-        scale = table.prediction.input_scale(table.alphas, table.sigmas)
-        for i in range(8):
-            x_t = table.alphas[i] * x_0 + table.sigmas[i] * eps
-            on_sample, on_output = table.prediction.denoised_coefficients(table.alphas[i], table.sigmas[i])
-            exact = (x_0 - on_sample * x_t) / on_output  # the output of a perfect network
-            denoised = table.denoised_from_input[i] * scale[i] * x_t + table.denoised_from_output[i] * exact
-            assert relative(denoised, x_0) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "name,options,kind,sign",
-    [
-        ("DDIMScheduler", {}, PredictionKind.EPSILON, 1),
-        ("DDIMScheduler", {"prediction_type": "sample"}, PredictionKind.SAMPLE, 1),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, PredictionKind.FLOW_PREDICTION, 1),
-        ("FlowMatchEulerDiscreteScheduler", {}, PredictionKind.FLOW_PREDICTION, 1),
-        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, PredictionKind.FLOW_PREDICTION, -1),
-        ("EDMEulerScheduler", {}, PredictionKind.EDM, 1),
-        ("EDMEulerScheduler", {"prediction_type": "v_prediction"}, PredictionKind.EDM, -1),
-        ("IPNDMScheduler", {}, PredictionKind.V_PREDICTION, 1),
-    ],
-)  # fmt: skip
-def test_the_table_names_the_prediction(name: str, options: dict[str, Any], kind: PredictionKind, sign: int) -> None:
-    prediction = trace_scheduler(scheduler_class(name)(**options), 5).prediction
-
-    assert (prediction.kind, prediction.sign) == (kind, sign)
-
-
-@pytest.mark.parametrize(
-    "name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler"]
-)
-def test_timesteps_and_the_starting_scale_are_the_schedulers(name: str) -> None:
-    scheduler = scheduler_class(name)()
-    table = trace_scheduler(scheduler, 4)
-    scheduler.set_timesteps(4)
-
-    assert table.timesteps.tolist() == [float(t) for t in scheduler.timesteps]
-    assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-12)
-
-
-def test_clipping_thresholding_and_learned_variance_become_operations() -> None:
-    make = scheduler_class("DDPMScheduler")
-
-    assert trace_scheduler(make(clip_sample_range=0.7), 5).clip == Clip(limit=0.7)
-    thresholded = trace_scheduler(make(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=3.0), 5)
-    assert thresholded.clip == DynamicThreshold(ratio=0.9, max_value=3.0)
-    assert trace_scheduler(make(clip_sample=False), 5).clip is None
-    assert trace_scheduler(make(variance_type="learned_range"), 5).variance is LearnedVariance.LOG_RANGE
-    assert trace_scheduler(make(variance_type="learned"), 5).variance is LearnedVariance.DIRECT
-    solver = scheduler_class("DPMSolverMultistepScheduler")(variance_type="learned_range")
-    assert trace_scheduler(solver, 5).variance is LearnedVariance.UNUSED
-
-
-def test_a_traced_table_survives_saving() -> None:
-    make = scheduler_class("DDPMScheduler")
-    table = trace_scheduler(make(variance_type="learned_range", thresholding=True), 5)
-    with np.load(_file(table.to_bytes())) as arrays:
-        again = SolverTable.from_arrays(dict(arrays))
-
-    assert again.to_bytes() == table.to_bytes()
-    assert again.options["config"]["_class_name"] == "DDPMScheduler"
-    assert again.options["config"]["thresholding"] is True
-
-
-def _file(data: bytes) -> Any:
-    import io
-
-    return io.BytesIO(data)
-
-
-def test_tracing_leaves_the_scheduler_as_it_was() -> None:
-    scheduler = scheduler_class("UniPCMultistepScheduler")()
-    scheduler.set_timesteps(7)
-    timesteps = scheduler.timesteps.clone()
-    trace_scheduler(scheduler, 12)
-
-    assert torch.equal(scheduler.timesteps, timesteps)
-    assert scheduler.step_index is None
-    assert scheduler.model_outputs == [None, None]
-
-
-def test_tracing_twice_gives_the_same_table() -> None:
-    scheduler = scheduler_class("DPMSolverSDEScheduler")()
-
-    assert trace_scheduler(scheduler, 6).to_bytes() == trace_scheduler(scheduler, 6).to_bytes()
-
-
-# ------------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.mark.parametrize(
-    "name,arguments,reason",
-    [
-        ("ScoreSdeVeScheduler", {}, "norm"),
-        ("KarrasVeScheduler", {}, "edm_stochastic"),
-        ("RePaintScheduler", {}, "back in time"),
-        ("AmusedScheduler", {"mask_token_id": 0}, "discrete tokens"),
-        ("VQDiffusionScheduler", {"num_vec_classes": 8}, "discrete tokens"),
-        ("PiflowScheduler", {}, "grid of velocities"),
-        ("HeliosDMDScheduler", {}, "its own pipeline"),
-        ("FlowMatchLCMScheduler", {"scale_factors": [1.0, 2.0]}, "scale_factors"),
-        ("PNDMScheduler", {"prediction_type": "sample"}, "prediction_type given as sample"),
-        ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "not finite in diffusers"),
-        ("LCMScheduler", {"rescale_betas_zero_snr": True}, "not finite in diffusers"),
-        ("TCDScheduler", {"rescale_betas_zero_snr": True}, "not finite in diffusers"),
-    ],
-)
-def test_what_cannot_be_a_table_is_refused_by_name_with_the_reason(
-    name: str, arguments: dict[str, Any], reason: str
-) -> None:
-    kind = getattr(schedulers, name, None) or getattr(importlib.import_module("diffusers.schedulers.deprecated"), name)
-
-    with pytest.raises(UnsupportedScheduler, match=reason) as caught:
-        trace_scheduler(kind(**arguments), 10)
-    assert name in str(caught.value)
-
-
-def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
-    class Squashed(schedulers.DDIMScheduler):  # type: ignore[misc, name-defined]
-        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
-            return (torch.tanh(super().step(model_output, timestep, sample, return_dict=False)[0]),)
-
-    with pytest.raises(UnsupportedScheduler, match=r"Squashed.*is not linear"):
-        trace_scheduler(Squashed(clip_sample=False), 4)
-
-
-def test_a_scheduler_that_clips_its_sample_is_refused() -> None:
-    class Clamped(schedulers.DDIMScheduler):  # type: ignore[misc, name-defined]
-        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
-            return (super().step(model_output, timestep, sample, return_dict=False)[0].clamp(-3, 3),)
-
-    with pytest.raises(UnsupportedScheduler, match="clips something other than the x_0 estimate"):
-        trace_scheduler(Clamped(clip_sample=False), 4)
-
-
-def test_a_scheduler_of_unknown_kind_is_refused() -> None:
-    class Own(diffusers.SchedulerMixin, diffusers.ConfigMixin):  # type: ignore[misc, name-defined]
-        @diffusers.configuration_utils.register_to_config
-        def __init__(self) -> None: ...
-
-        def set_timesteps(self, num_inference_steps: int) -> None:
-            self.timesteps = torch.arange(num_inference_steps)
-
-        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
-            return (sample - model_output,)
-
-    with pytest.raises(UnsupportedScheduler, match="Own is no scheduler class known"):
-        trace_scheduler(Own(), 4)
-    with pytest.raises(InvalidInput, match="expected a diffusers scheduler, got str"):
-        trace_scheduler("ddim", 4)
-
-
-@pytest.mark.parametrize(
-    "arguments,reason",
-    [
-        ({}, "how many steps"),
-        ({"num_inference_steps": 0}, "must be 1 to"),
-        ({"num_inference_steps": -3}, "must be 1 to"),
-        ({"num_inference_steps": 2000}, "cannot be larger"),
-        ({"num_inference_steps": 5, "timesteps": [900, 500]}, "has 2 entries"),
-        ({"timesteps": []}, "empty"),
-        ({"timesteps": [1, 5, 9]}, "descending"),
-        ({"num_inference_steps": 5, "sigmas": [3.0, 2.0, 1.0, 0.5, 0.1]}, "takes no sigmas"),
-        ({"num_inference_steps": 5, "mu": 1.0}, "takes no mu"),
-        ({"num_inference_steps": 5, "step_options": {"eta": 1.0}}, "step has no option 'eta'"),
-        ({"num_inference_steps": 5, "step_options": {"generator": 1}}, "step has no option 'generator'"),
-        ({"num_inference_steps": 5, "schedule_options": {"strength": 1.0}}, "set_timesteps has no option 'strength'"),
-    ],
-)
-def test_arguments_that_the_scheduler_does_not_take_are_refused(arguments: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InvalidInput, match=reason):
-        trace_scheduler(scheduler_class("DDPMScheduler")(), **arguments)
-
-
-def test_dynamic_shifting_needs_mu_and_computes_it() -> None:
-    scheduler = scheduler_class("FlowMatchEulerDiscreteScheduler")(use_dynamic_shifting=True)
-
-    with pytest.raises(InvalidInput, match="mu must be given"):
-        trace_scheduler(scheduler, 4)
-    assert dynamic_shift(scheduler, 256) == pytest.approx(0.5)
-    assert dynamic_shift(scheduler, 4096) == pytest.approx(1.15)
-    table = trace_scheduler(scheduler, 4, mu=dynamic_shift(scheduler, 4096), sigmas=[1.0, 0.75, 0.5, 0.25])
-    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.15)
-    assert table.timesteps == pytest.approx(scheduler.timesteps.numpy(), rel=1e-6)
-    with pytest.raises(InvalidInput, match="must be positive"):
-        dynamic_shift(scheduler, 0)
-    with pytest.raises(InvalidInput, match="give mu itself"):
-        dynamic_shift(scheduler_class("DDIMScheduler")(), 256)
-
-
-# ------------------------------------------------------------------------------------------------------- loading
-
-
-def test_a_scheduler_is_loaded_from_a_folder_a_pipeline_or_a_file(tmp_path: Path) -> None:
-    scheduler_class("DPMSolverMultistepScheduler")(solver_order=3, use_karras_sigmas=True).save_pretrained(
-        tmp_path / "scheduler"
-    )
-
-    for source in (tmp_path, tmp_path / "scheduler", str(tmp_path / "scheduler" / "scheduler_config.json")):
-        loaded = load_scheduler(source)
-        assert type(loaded).__name__ == "DPMSolverMultistepScheduler"
-        assert (loaded.config.solver_order, loaded.config.use_karras_sigmas) == (3, True)
-
-
-@pytest.mark.parametrize(
-    "text,error,reason",
-    [
-        ("{", InvalidInput, "is no JSON"),
-        ("[" * 100_000, InvalidInput, "is no JSON"),
-        ("[1]", InvalidInput, "does not name a scheduler"),
-        ("{}", InvalidInput, "does not name a scheduler"),
-        ('{"_class_name": "DDIMSchedular"}', UnknownName, "Did you mean 'DDIMScheduler'"),
-        ('{"_class_name": "SchedulerMixin"}', UnknownName, "unknown scheduler"),
-        ('{"_class_name": "DDIMScheduler", "beta_schedule": "quartic"}', InvalidInput, "quartic"),
-        ('{"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}', InvalidInput, "not a configuration"),
-    ],
-)
-def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str, error: type[LehrError], reason: str) -> None:
-    path = tmp_path / "scheduler_config.json"
-    path.write_text(text)
-
-    with pytest.raises(error, match=reason):
-        load_scheduler(path)
-
-
-def test_a_folder_without_a_scheduler_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="found no scheduler"):
-        load_scheduler(tmp_path)

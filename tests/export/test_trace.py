@@ -85,6 +85,7 @@ class Exported:
     module: nn.Module
     spec: ModelSpec
     graph: ir.Model
+    folder: Path
     session: ort.InferenceSession
 
     def error(self, batch: int, **sizes: int) -> float:
@@ -118,7 +119,7 @@ def export(module: nn.Module, spec: ModelSpec, folder: Path, **options: Any) -> 
     save_graph(graph, folder / "step.onnx")
     check_graph(folder / "step.onnx", spec)
     session = ort.InferenceSession(folder / "step.onnx", providers=["CPUExecutionProvider"])
-    return Exported(module=module, spec=spec, graph=graph, session=session)
+    return Exported(module=module, spec=spec, graph=graph, folder=folder, session=session)
 
 
 @cache
@@ -192,27 +193,32 @@ def test_every_intermediate_tensor_has_a_shape_and_a_type(backbone: Exported) ->
             assert all(isinstance(size, int) or size.value is not None for size in output.shape), node.name
 
 
-def test_a_saved_graph_holds_no_path_of_this_machine_and_none_of_the_weights(
-    backbone: Exported, tmp_path: Path
-) -> None:
-    bind = trace(*tiny(backbone.spec.family))
-    save_graph(bind, tmp_path / "step.onnx")
-    data = (tmp_path / "step.onnx").read_bytes()
+def test_a_saved_graph_holds_no_path_of_this_machine_and_none_of_the_weights(backbone: Exported) -> None:
+    data = (backbone.folder / "step.onnx").read_bytes()
     assert len(data) < 300_000
-    for text in (b".py", b"line ", str(SOURCES.parent).encode(), b"pkg.torch"):
+    for text in (b".py", b"line ", str(SOURCES.parent).encode(), str(backbone.folder).encode(), b"pkg.torch"):
         assert text not in data, text
 
 
+def test_the_graph_depends_on_the_architecture_alone(backbone: Exported, tmp_path: Path) -> None:
+    """Traced from real float32 weights, and from the meta device in half precision."""
+    with torch.device("meta"):
+        hollow = type(backbone.module)(backbone.module.params).half()
+    save_graph(trace(hollow, backbone.spec), tmp_path / "step.onnx")
+    assert (tmp_path / "step.onnx").read_bytes() == (backbone.folder / "step.onnx").read_bytes()
+
+
 def test_older_operator_sets_compute_the_same(tmp_path: Path) -> None:
-    exported = export(*tiny("dit"), tmp_path, opset=18)
+    exported = export(randomise(Captioned()), picture_spec(TEXT, dims=(LENGTH,)), tmp_path, opset=18)
     assert exported.graph.opset_imports == {"": 18}
+    assert "Softmax" in {node.op_type for node in exported.graph.graph}
     assert exported.error(3, height=12) < EXACT
 
 
 @pytest.mark.parametrize("opset", [17, 24])
 def test_an_operator_set_outside_the_range_is_refused(opset: int) -> None:
     with pytest.raises(InvalidInput, match=f"18 to 23, got {opset}"):
-        trace(*tiny("dit"), opset=opset)
+        trace(Toy(), picture_spec(), opset=opset)
 
 
 # ------------------------------------------------------------------------------------------------- the same graph
@@ -223,15 +229,6 @@ def proto(graph: ir.Model, folder: Path) -> bytes:
     return (folder / "step.onnx").read_bytes()
 
 
-def test_the_graph_depends_on_the_architecture_alone(tmp_path: Path) -> None:
-    """Traced twice: from real weights, and from the meta device."""
-    module, spec = tiny("dit")
-    with torch.device("meta"):
-        hollow = dit.DiT(TINY_DIT)
-    assert proto(trace(hollow, spec), tmp_path) == proto(trace(module.half(), spec), tmp_path)
-    module.float()
-
-
 def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
     """Python orders sets of strings differently in each process; no byte may depend on that."""
     code = (
@@ -239,13 +236,10 @@ def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
         "from test_trace import Shared, picture_spec, proto, trace\n"
         "sys.stdout.buffer.write(proto(trace(Shared(), picture_spec()), Path(sys.argv[2])))"
     )
-    made = {proto(trace(Shared(), picture_spec()), tmp_path)}
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONPATH": str(SOURCES), "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=600)
-        made.add(done.stdout)
-    assert len(made) == 1
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "PYTHONHASHSEED": "1"}  # ours is another
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=600)
+    assert done.stdout == proto(trace(Shared(), picture_spec()), tmp_path)
 
 
 def test_tracing_leaves_the_module_as_it_was() -> None:

@@ -24,6 +24,7 @@ from lehr.runtime.solvers import sampler, samplers, solver_table
 from lehr.runtime.solvers.ddpm import Variance
 from lehr.runtime.solvers.euler_maruyama import Diffusion, LastStep
 from lehr.runtime.solvers.predictor_corrector import Predictor
+from lehr.runtime.solvers.sa_solver import Weights
 
 Array = npt.NDArray[np.float64]
 
@@ -120,6 +121,11 @@ def test_langevin_dynamics_settle_on_the_data_with_more_steps_at_each_level() ->
         errors.append(abs(spread - SPREAD))
     assert errors[0] > 1.8 * errors[1] > 1.8 * 1.8 * errors[2]
     assert errors[2] < 0.04 * SPREAD
+
+
+def test_the_shortened_weights_of_sa_solver_blow_up_the_spread_at_few_steps() -> None:
+    spreads = [law(table_of("sa_solver", EDM_PATH, 10, {"weights": weights}))[1] / SPREAD for weights in Weights]
+    assert spreads[0] < 2 < 8 < spreads[1]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])

@@ -1,11 +1,13 @@
 """Key maps as data, one module a family: which tensors of a checkpoint make up each tensor of our backbone.
 
-A map holds up to four tables, read by :mod:`lehr.export.checkpoints.rules`:
+A map holds up to six tables, read by :mod:`lehr.export.checkpoints.rules`:
 
     DIFFUSERS           rules for a diffusers folder
     DIFFUSERS_IGNORED   patterns of keys there that the backbone does not need
     ORIGINAL            rules for the authors' single file; empty where our names are theirs
     ORIGINAL_IGNORED    patterns of keys there that the backbone does not need
+    MARKER              some of our keys that, together, only this family has; what recognises a file at a glance
+    READS               what the tables read, for the table of models in the documents
 
 A key of ours that no rule names is looked up under its own name.
 """

@@ -24,3 +24,6 @@ DIFFUSERS_IGNORED: tuple[str, ...] = ()
 
 ORIGINAL: tuple[Rule, ...] = ()
 ORIGINAL_IGNORED = ("pos_embed",)  # sin-cos, computed
+
+MARKER = ("t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight")
+READS = ("`DiTTransformer2DModel` folder", "facebook DiT file")  # beside our own layout

@@ -45,3 +45,6 @@ DIFFUSERS_IGNORED: tuple[str, ...] = ()
 
 ORIGINAL: tuple[Rule, ...] = ()
 ORIGINAL_IGNORED: tuple[str, ...] = ()
+
+MARKER = ("double_blocks.0.img_attn.qkv.weight",)
+READS = ("`FluxTransformer2DModel` folder", "Black Forest Labs file")  # beside our own layout

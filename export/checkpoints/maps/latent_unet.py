@@ -74,3 +74,6 @@ ORIGINAL_IGNORED = (
     "model_ema.{rest}",
     "{leaf}",  # betas, alphas_cumprod and what follows from them
 )
+
+MARKER = ("input_blocks.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+READS = ("`UNet2DConditionModel` folder", "Stable Diffusion 1 and 2 file")  # beside our own layout

@@ -52,3 +52,6 @@ ORIGINAL_IGNORED = (
     "text_encoders.{rest}",
     "model_sampling.{rest}",  # the schedule, in some files
 )
+
+MARKER = ("joint_blocks.0.x_block.attn.qkv.weight",)
+READS = ("`SD3Transformer2DModel` folder", "Stability AI file")  # beside our own layout

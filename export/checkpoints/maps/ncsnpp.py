@@ -11,3 +11,6 @@ DIFFUSERS_OLD = unet.DIFFUSERS_OLD
 
 ORIGINAL: tuple[Rule, ...] = ()
 ORIGINAL_IGNORED: tuple[str, ...] = ()
+
+MARKER = ("time_proj.weight", "conv_in.weight")
+READS = ("`UNet2DModel` folder with skip blocks",)  # beside our own layout

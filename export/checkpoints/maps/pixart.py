@@ -35,3 +35,6 @@ ORIGINAL_IGNORED = (
     "pos_embed",  # sin-cos, computed
     "y_embedder.y_embedding",  # features of the empty prompt: an input of ours
 )
+
+MARKER = ("t_block.1.weight", "blocks.0.scale_shift_table")
+READS = ("`PixArtTransformer2DModel` folder", "PixArt file")  # beside our own layout

@@ -25,3 +25,6 @@ ORIGINAL_IGNORED = (
     "model_ema.{rest}",
     "denoiser.{rest}",  # noise levels
 )
+
+MARKER = ("label_emb.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+READS = ("`UNet2DConditionModel` folder", "SDXL file")  # beside our own layout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from lehr.export.checkpoints.maps.dit import DIFFUSERS, DIFFUSERS_IGNORED, ORIGINAL, ORIGINAL_IGNORED
+from lehr.export.checkpoints.maps.dit import DIFFUSERS, DIFFUSERS_IGNORED, MARKER, ORIGINAL, ORIGINAL_IGNORED
 
-__all__ = ["DIFFUSERS", "DIFFUSERS_IGNORED", "ORIGINAL", "ORIGINAL_IGNORED"]
+__all__ = ["DIFFUSERS", "DIFFUSERS_IGNORED", "MARKER", "ORIGINAL", "ORIGINAL_IGNORED", "READS"]
+
+READS = ("SiT file", "`DiTTransformer2DModel` folder with `--preset`")  # beside our own layout

@@ -15,3 +15,6 @@ DIFFUSERS_OLD = tuple(  # folders written before diffusers renamed its attention
 
 ORIGINAL: tuple[Rule, ...] = ()
 ORIGINAL_IGNORED: tuple[str, ...] = ()
+
+MARKER = ("time_embedding.linear_1.weight", "conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")
+READS = ("`UNet2DModel` folder",)  # beside our own layout

@@ -13,7 +13,8 @@ from lehr.commands._output import Progress, emit, json_option
 @click.command("export")
 @click.argument("source", metavar="SOURCE")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to make: NAME.lehr.")
-@click.option("--preset", help="Architecture of a weights file: one of lehr list presets.")
+@click.option("--preset", help="Which preset a checkpoint is, where its tensors fit several; see lehr list presets.")
+@click.option("--allow-pickle", is_flag=True, help="Read .bin, .ckpt, .pt and .pth files, the tensors in them alone.")
 @click.option("--seed", default=0, show_default=True, help="Of random weights, where a preset has no trained ones.")
 @click.option("--structure-only", is_flag=True, help="The graph without weights; nothing can be built from it.")
 @click.option(
@@ -28,6 +29,7 @@ def command(
     source: str,
     output: Path,
     preset: str | None,
+    allow_pickle: bool,
     seed: int,
     structure_only: bool,
     golden: str | None,
@@ -37,12 +39,14 @@ def command(
 ) -> None:
     """Export a denoiser from PyTorch into a new bundle.
 
-    SOURCE is a preset (with its shipped trained weights, else random ones), a .safetensors file with --preset, or
-    FILE.py:FACTORY, a function that returns a torch.nn.Module and its lehr.runtime.ModelSpec.
+    SOURCE is a preset (with its shipped trained weights, else random ones), a checkpoint (a diffusers folder, or a
+    single .safetensors file whose architecture is recognised), or FILE.py:FACTORY, a function that returns a
+    torch.nn.Module and its lehr.runtime.ModelSpec.
 
     \b
     Examples:
       lehr export digits-dit -o d.lehr
+      lehr export stable-diffusion-v1-5/unet -o sd.lehr --golden none
       lehr export my_model.py:make -o mine.lehr --golden steps
     """
     from lehr.runtime.errors import InvalidInput, MissingExtra
@@ -50,6 +54,7 @@ def command(
     if sys.version_info < (3, 11):
         raise InvalidInput("lehr export needs Python 3.11 or newer; export on another machine and copy the bundle.")
     try:
+        from lehr.export.checkpoints.files import Pickles
         from lehr.export.package import Options, export
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "torch", "export") from e
@@ -62,6 +67,7 @@ def command(
         tier=None if golden is None else Tier(golden),
         device=device,
         overwrite=overwrite,
+        pickles=Pickles.ALLOWED if allow_pickle else Pickles.REFUSED,
         command=("lehr", "export", source),
     )
     summary = export(source, output, options, progress=Progress())
@@ -69,5 +75,6 @@ def command(
         as_json,
         summary.to_json(),
         f"{output}: {summary.parameters:,} parameters, {summary.nodes} operators, golden data: {summary.golden}, "
-        f"{summary.seconds:.1f} s, {summary.peak_rss_mb:.0f} MB peak memory\nNext: lehr build {output} --target cpu",
+        f"route: {summary.route}, {summary.seconds:.1f} s, {summary.peak_rss_mb:.0f} MB peak memory\n"
+        f"Next: lehr build {output} --target cpu",
     )
