@@ -78,7 +78,7 @@ def log_likelihood(
 
     Raises:
         InvalidInput: no probes, or a prediction that says nothing about x_0 at the pure noise where the path starts.
-        ExportFailed: the solver gave up, as it does on a network that returns NaN.
+        ExportFailed: the solver gave up, or the network returned values that are not finite.
     """
     if probes < 1:
         raise InvalidInput(f"the trace needs at least one probe, got {probes}.")
@@ -102,13 +102,19 @@ def log_likelihood(
         cosine = -math.tanh(u)
         denoised, trace = _denoised_and_trace(network, path, prediction, u, z, signs)
         change = (cosine * z.double() - denoised.double()).reshape(-1).cpu().numpy()
-        return np.concatenate([change, trace.cpu().numpy() - dimensions * cosine])
+        rates = np.concatenate([change, trace.cpu().numpy() - dimensions * cosine])
+        if not np.all(np.isfinite(rates)):  # RK45 would halve its step for ever
+            raise ExportFailed(
+                f"the probability-flow ODE cannot be solved: the network returned values that are not finite at u = "
+                f"{u:.4g}. Evaluate it in float32 or float64."
+            )
+        return rates
 
     cosine = math.cos(2 * math.atan(math.exp(begin)))
     z_0 = cosine * x_0.detach().double().reshape(-1).cpu().numpy()
     solved = solve_ivp(slope, (begin, end), np.concatenate([z_0, np.zeros(count)]), rtol=rtol, atol=atol)
-    if not solved.success or not np.all(np.isfinite(solved.y[:, -1])):
-        raise ExportFailed(f"the probability-flow ODE was not solved: {solved.message} Check the network's outputs.")
+    if not solved.success:
+        raise ExportFailed(f"the probability-flow ODE cannot be solved: {solved.message} Loosen rtol and atol.")
     z, change = solved.y[:-count, -1].reshape(count, dimensions), solved.y[-count:, -1]
     prior = path.init_noise_sigma(path.first_timestep) / math.hypot(*noisiest)
     at_noise = -0.5 * np.sum((z / prior) ** 2, axis=1) - dimensions * (math.log(prior) + 0.5 * math.log(2 * math.pi))

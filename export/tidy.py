@@ -14,9 +14,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
 
-from lehr.engines.graph.check import MAX_IR_VERSION
-
-IR_VERSION = 10  # what PyTorch writes; it holds every type we use, and older engine libraries read it
+IR_VERSION = 10  # holds every type we use; onnxruntime 1.23 (Python 3.10) executes opset 23 from it
 FOLD_INPUTS, FOLD_OUTPUTS = 1 << 13, 1 << 16  # elements, of one folded node: small tables are folded, large are not
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -38,8 +36,7 @@ def tidy(model: ir.Model, rename_size: Callable[[str], str | int | None]) -> Non
     _rename_sizes(model.graph, rename_size)
     _rename_nodes(model.graph, named)
     _strip(model)
-    if model.ir_version > MAX_IR_VERSION:
-        model.ir_version = IR_VERSION
+    model.ir_version = IR_VERSION
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:

@@ -23,7 +23,7 @@ from lehr.runtime.solver_table import SolverTable
 
 Array = npt.NDArray[Any]
 
-_DIFFERENCE = 1e-2  # of the input's root mean square: large against float32 rounding, small against the network's bends
+_DIFFERENCE = 1e-3  # of the input's root mean square: large against float32 rounding, small against the network's bends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

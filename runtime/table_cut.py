@@ -43,9 +43,14 @@ def head(table: SolverTable, row: int) -> SolverTable:
 
     start = table.start[: row + 1].copy()
     start[-1] /= scale
+    points = _points(table, slice(0, row))
     return replace(
         table,
-        **_points(table, slice(0, row)),
+        timesteps=points["timesteps"],
+        alphas=points["alphas"],
+        sigmas=points["sigmas"],
+        denoised_from_input=points["denoised_from_input"],
+        denoised_from_output=points["denoised_from_output"],
         start=start,
         outputs=cut(table.outputs, row),
         noises=cut(table.noises, noises),
@@ -73,9 +78,14 @@ def tail(table: SolverTable, row: int) -> SolverTable:
     n, first_noise = len(table) - row, _first_noise_after(table, row)
     banks = 1 if table.clipped is None else 2
     start = 1 + banks * n
+    points = _points(table, slice(row, None))
     return replace(
         table,
-        **_points(table, slice(row, None)),
+        timesteps=points["timesteps"],
+        alphas=points["alphas"],
+        sigmas=points["sigmas"],
+        denoised_from_input=points["denoised_from_input"],
+        denoised_from_output=points["denoised_from_output"],
         start=rows[:, 0].copy(),
         outputs=rows[:, 1 : 1 + n].copy(),
         clipped=None if table.clipped is None else rows[:, 1 + n : start].copy(),

@@ -345,5 +345,5 @@ PRESETS["digits-dit"] = _preset(
     size=28,
     path=LinearFlow(),
     prediction=FLOW_PREDICTION,
-    sampling=Sampling(guidance_scale=2.0),
+    sampling=Sampling(guidance_scale=1.5),
 )

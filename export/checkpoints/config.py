@@ -51,7 +51,7 @@ class Options:
             value = float(value)
         if type(value) is not type(default):
             raise NotOurs(f"{name} is {value!r}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def maybe(self, name: str, default: int | None) -> int | None:
         """An option that is a positive integer or nothing."""

@@ -194,7 +194,7 @@ def _unet_2d_condition(o: Options) -> Architecture:
     count = 5 if joined - 5 * id_dim == SDXL_POOLED else 6
     if joined <= count * id_dim:
         raise NotOurs(f"projection_class_embeddings_input_dim is {joined} for {count} times {id_dim} channels")
-    added = {"pooled_dim": joined - count * id_dim, "time_ids": count, "time_id_dim": id_dim}
+    added: dict[str, Any] = {"pooled_dim": joined - count * id_dim, "time_ids": count, "time_id_dim": id_dim}
     return Architecture(family="sdxl", params=sdxl.Params(**common, **added), size=size)
 
 

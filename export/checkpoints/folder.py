@@ -144,7 +144,7 @@ def _size(spec: ModelSpec) -> int | None:
 
 
 def _rounded(found: Architecture, usual: int) -> int:
-    multiple = getattr(found.params, "size_multiple", None) or getattr(found.params, "patch_size", 1)
+    multiple = int(getattr(found.params, "size_multiple", None) or getattr(found.params, "patch_size", None) or 1)
     return max(multiple, (found.size or usual) // multiple * multiple)
 
 

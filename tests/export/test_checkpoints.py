@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from lehr.export.checkpoints.layouts import layouts, recognise
 from lehr.export.checkpoints.rules import Transform, origin
 from lehr.export.package import Options, export
 from lehr.export.source import Route, resolve
-from lehr.runtime.errors import InvalidInput, UnknownName
+from lehr.runtime.errors import InvalidInput, MissingExtra, UnknownName
 from lehr.runtime.golden import Tier
 from lehr.runtime.paths import EDM, VE, VP, BetaSchedule, LinearFlow
 from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, SCORE, V_PREDICTION
@@ -326,7 +327,7 @@ def test_a_folder_and_a_single_file_are_one_model_which_computes_what_diffusers_
     assert error(eager(first.runnable(), feeds), expected(tiny, module, feeds)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["latent_unet", pytest.param("mmdit", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(n, marks=pytest.mark.long) for n in TINY if n != "dit")])
 def test_a_folder_and_a_single_file_give_the_same_bundle(
     name: str, written: Any, register: Any, tmp_path: Path
 ) -> None:
@@ -792,6 +793,16 @@ def test_another_class_of_diffusers_is_exported_as_it_is(name: str, tmp_path: Pa
     feeds = feeds_of(found.spec)
     bundle = exported(tmp_path / "model", tmp_path / "m.lehr")
     assert error(run(bundle, feeds), expected(tiny, module, feeds)) <= TOLERANCE
+
+
+def test_without_diffusers_only_its_own_modules_are_out_of_reach(
+    written: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make(replace(TINY["dit"], shared=False)).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert from_folder(written("unet")[0], name=None, pickles=Pickles.REFUSED).route == "checkpoint"
+    with pytest.raises(MissingExtra, match=r"lehr\[diffusers\]"):
+        from_folder(tmp_path, name=None, pickles=Pickles.REFUSED)
 
 
 def test_a_class_whose_samples_are_no_pictures_is_refused(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def random_feeds(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, np.ndarray
     return feeds
 
 
-@pytest.mark.parametrize("name", representatives())
+@pytest.mark.parametrize("name", list(representatives()))
 def test_a_family_computes_the_same_after_export_at_shapes_it_was_not_traced_at(name: str, tmp_path: Path) -> None:
     preset = presets()[name]
     module, spec = randomise(preset.build(small(preset))), preset.spec

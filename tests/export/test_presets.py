@@ -62,3 +62,17 @@ def test_a_preset_has_a_spec_that_its_module_accepts(name):
 def test_an_unknown_preset_is_refused_with_the_closest_name():
     with pytest.raises(UnknownName, match="dit-xl-2"):
         preset("dit-xl2")
+
+
+@pytest.mark.parametrize("path", _table.DOCUMENTS, ids=str)
+def test_the_table_in_a_document_is_what_the_registry_holds(path):
+    if not (_table.ROOT / path).is_file():
+        pytest.skip("no source checkout")
+    content = (_table.ROOT / path).read_text(encoding="utf-8")
+    made = _table.document(path, content, json.loads(_table.FILE.read_text()))
+    assert content == made, "run: python -m lehr.export.backbones._table"
+    assert path.name == "README.md" or "[flux](../export/backbones/flux.py)" in content
+
+
+def test_a_document_without_marks_is_left_alone(tmp_path):
+    assert _table.document(tmp_path, "no table here", []) == "no table here"
