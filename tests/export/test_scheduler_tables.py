@@ -141,6 +141,14 @@ def test_what_cannot_be_a_table_is_refused_by_name_with_the_reason(
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name,steps,reason", [("IPNDMScheduler", 1, "returns zero"), ("PNDMScheduler", 3, "PNDMScheduler")]
+)
+def test_numbers_of_steps_that_are_broken_in_diffusers_are_refused(name: str, steps: int, reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        trace_scheduler(getattr(schedulers, name)(), steps)
+
+
 def test_a_scheduler_that_is_not_linear_is_found_out() -> None:
     class Squashed(schedulers.DDIMScheduler):  # type: ignore[misc, name-defined]
         def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
