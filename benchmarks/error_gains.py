@@ -36,6 +36,7 @@ from lehr.runtime.recipe import recipe
 from lehr.runtime.solvers import solver_table
 
 Array = npt.NDArray[Any]
+WEIGHTS = Path(shipped.__file__).parent / "weights" / "digits-dit.safetensors"
 SAMPLES, STEPS = 4, 12
 SAMPLERS = ("ddim", "dpmpp_2m", "unipc", "flow_heun")
 
@@ -47,6 +48,7 @@ def rounded_to_8_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 ROUNDINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fp32": lambda tensor: tensor,
     "fp16": lambda tensor: tensor.half().float(),
     "bf16": lambda tensor: tensor.bfloat16().float(),
     "int8": rounded_to_8_bits,
@@ -103,13 +105,14 @@ def main() -> None:
     """Make the engines, measure, write."""
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
-        reference = engine("digits-dit", at / "reference.lehr", Options(tier=Tier.NONE))
-        weights = load_file(Path(shipped.__file__).parent / "weights" / "digits-dit.safetensors")
-        others = {}
+        # Copies: what load_file returns follows the file, should somebody train and write it meanwhile.
+        weights = {key: value.clone() for key, value in load_file(WEIGHTS).items()}
+        made = {}
         for name, rounding in ROUNDINGS.items():
             file = at / f"{name}.safetensors"
-            save_file({k: rounding(v).contiguous() if v.is_floating_point() else v for k, v in weights.items()}, file)
-            others[name] = engine(str(file), at / f"{name}.lehr", Options(preset="digits-dit", tier=Tier.NONE))
+            save_file({key: rounding(value).contiguous() for key, value in weights.items()}, file)
+            made[name] = engine(str(file), at / f"{name}.lehr", Options(preset="digits-dit", tier=Tier.NONE))
+        reference, others = made["fp32"], {name: path for name, path in made.items() if name != "fp32"}
         rows = measure(reference, others)
     write("error_gains", {"model": "digits-dit, its shipped weights", "samples": SAMPLES, "steps": STEPS, "rows": rows})
 
