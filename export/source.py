@@ -101,7 +101,7 @@ def resolve(
 
 def shipped_weights(name: str) -> Path | None:
     """The trained weights that come with the package, if preset ``name`` has any."""
-    resource = files("lehr.export.reference").joinpath("weights", f"{name}.safetensors")
+    resource = files("lehr.export.reference").joinpath(f"weights/{name}.safetensors")
     if not resource.is_file():
         return None
     with as_file(resource) as path:

@@ -77,7 +77,8 @@ def write_arrays(target: pathlib.Path | IO[bytes], arrays: Mapping[str, npt.NDAr
 
 
 def _little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return dtype.newbyteorder("<")
+    found: np.dtype[Any] = dtype.newbyteorder("<")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- reading

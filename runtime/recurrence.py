@@ -109,4 +109,5 @@ class Columns:
         for i in range(1, len(result)):
             share = self.table[i, at[:i]] * from_input[:i] / from_output[:i]
             result[i] -= share @ result[:i]
-        return result
+        found: Array = result
+        return found

@@ -37,7 +37,7 @@ def head(table: SolverTable, row: int) -> SolverTable:
     noises = _first_noise_after(table, row)
 
     def cut(bank: Array, columns: int) -> Array:
-        rows = bank[: row + 1, :columns].copy()
+        rows: Array = bank[: row + 1, :columns].copy()
         rows[-1] /= scale
         return rows
 
