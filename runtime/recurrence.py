@@ -70,7 +70,7 @@ class Recurrence:
 class Columns:
     """The table with its columns in the order in which they come into being, so that age is position."""
 
-    def __init__(self, coefficients: Array, evaluations: int, banks: int) -> None:
+    def __init__(self, coefficients: Array, evaluations: int, banks: int, starting_scale: float) -> None:
         n = self.evaluations = evaluations
         self.banks = banks
         first_noise = 1 + banks * n
@@ -89,6 +89,23 @@ class Columns:
         self.first_noise, self.order = first_noise, order
         self.is_noise = np.array(noise_at)
         self.table: Array = coefficients[:, order]
+        self.starting_scale = starting_scale
+
+    def norm(self, vectors: Array) -> Array:
+        """The standard deviation of what vectors (…, columns) stand for: all but x_T are taken to be unit normals."""
+        scaled = vectors.copy()
+        scaled[..., 0] *= self.starting_scale
+        norm: Array = np.linalg.norm(scaled, axis=-1)
+        return norm
+
+    def coherent_norm(self, vectors: Array) -> Array:
+        """The same if all outputs of a bank are one and the same normal, as near the data those of x_0 are."""
+        parts = [vectors[..., :1] * self.starting_scale, vectors[..., self.is_noise]]
+        for bank in range(self.banks):
+            at = [self.position(j) + bank for j in range(self.evaluations)]
+            parts.append(vectors[..., at].sum(axis=-1, keepdims=True))
+        norm: Array = np.linalg.norm(np.concatenate(parts, axis=-1), axis=-1)
+        return norm
 
     def position(self, evaluation: int) -> int:
         """Where the columns of an evaluation begin."""
@@ -104,10 +121,9 @@ class Columns:
         if not np.any(from_input):
             return self.table
         at = np.array([self.position(j) for j in range(self.evaluations)])
-        result = self.table.copy()
+        result: Array = self.table.copy()
         result[:, at] /= from_output
         for i in range(1, len(result)):
             share = self.table[i, at[:i]] * from_input[:i] / from_output[:i]
             result[i] -= share @ result[:i]
-        found: Array = result
-        return found
+        return result

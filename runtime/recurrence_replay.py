@@ -74,18 +74,20 @@ def _replayed(
 def rounding(found: Recurrence, columns: Columns, denoised: tuple[Array, Array]) -> float:
     """The largest error of a row, over its norm, when every row and kept quantity is rounded with relative error 1.
 
-    x_T, outputs and noises are taken to be independent unit normals; the error of each rounding is followed
-    through the later rows. Clipping is taken to let all of an error through.
+    x_T and noises are taken to be independent normals, and outputs once independent too and once all equal, of which
+    the smaller norm counts: multistep methods on x_0 estimates have coefficients that cancel when those agree. The
+    error of each rounding is followed through the later rows. Clipping is taken to let all of an error through.
     """
     n, table = columns.evaluations, columns.table
-    norms = np.linalg.norm(table, axis=1)
+    norms = columns.norm(table)
+    least = np.maximum(np.minimum(norms, columns.coherent_norm(table)), 1e-300)
     sources = 1 + columns.banks  # of each evaluation: its row's sum, and those of the quantities kept of it
     made = [(found.from_input, found.from_output), denoised]
     alive: dict[tuple[int, ...], tuple[Array, float]] = {}  # error by source, and norm
     worst = 0.0
     for i, row in enumerate(found.rows):
         error = np.zeros(sources * (n + 1))
-        variance = row.start**2 + sum(c * c for _, c in row.noises)
+        variance = (row.start * columns.starting_scale) ** 2 + sum(c * c for _, c in row.noises)
         terms: list[tuple[float, tuple[int, ...]]] = [(c, (j,)) for j, c in row.inputs]
         terms += [(c, (b, j)) for b, j, c in row.outputs]
         for c, key in terms:
@@ -93,7 +95,7 @@ def rounding(found: Recurrence, columns: Columns, denoised: tuple[Array, Array])
             error += c * earlier
             variance += (c * norm) ** 2
         error[sources * i] = math.sqrt(variance)
-        worst = max(worst, float(np.linalg.norm(error)) / max(float(norms[i]), 1e-300))
+        worst = max(worst, float(np.linalg.norm(error)) / float(least[i]))
         for key in row.expired:
             del alive[key]
         if (i,) in found.used:
@@ -108,5 +110,5 @@ def rounding(found: Recurrence, columns: Columns, denoised: tuple[Array, Array])
             kept_error[sources * i + 1 + bank] = math.hypot(on_input[i] * norms[i], on_output[i])
             quantity = on_input[i] * table[i]
             quantity[columns.position(i)] += on_output[i]
-            alive[bank, i] = kept_error, float(np.linalg.norm(quantity)) if bank == 0 else 1.0
+            alive[bank, i] = kept_error, float(columns.norm(quantity)) if bank == 0 else 1.0
     return worst

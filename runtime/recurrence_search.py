@@ -26,7 +26,12 @@ _MAX_ROUNDING = 10.0  # in units of the float32 rounding of one row; beyond, the
 
 
 def find_recurrence(
-    coefficients: Array, evaluations: int, banks: int, kept: Mapping[Kept, tuple[Array, Array]]
+    coefficients: Array,
+    evaluations: int,
+    banks: int,
+    kept: Mapping[Kept, tuple[Array, Array]],
+    *,
+    starting_scale: float = 1.0,
 ) -> Recurrence | None:
     """The recurrence of fewest latents that reproduces ``coefficients`` to :data:`TOLERANCE`, or None.
 
@@ -36,8 +41,9 @@ def find_recurrence(
         banks: 1, or 2 with a bank of clipped estimates.
         kept: the quantities to try, each as its (N,) coefficients on the input and on the output; those that are
             not finite or do not determine the output are skipped. :attr:`Kept.DENOISED` is what bank 1 clips.
+        starting_scale: the standard deviation of x_T.
     """
-    columns = Columns(coefficients, evaluations, banks)
+    columns = Columns(coefficients, evaluations, banks, starting_scale)
     best: Recurrence | None = None
     for name, (on_input, on_output) in kept.items():
         from_input, from_output = columns.where_used(on_input, 0.0), columns.where_used(on_output, 1.0)
@@ -79,7 +85,7 @@ def _find_rows(columns: Columns, table: Array, at_most: int | None) -> list[_Ter
         sizes = [size for size in sizes if size[0] + banks * size[1] <= at_most + 1]
     if np.any(table[0, 1 : columns.fresh_starts[0]]):
         return None
-    norms = np.sqrt(np.einsum("ij,ij->i", columns.table, columns.table))
+    norms = columns.norm(columns.table)
     rows = [_Terms(float(table[0, 0]), [], [], _fresh(columns, table, 0))]
     last = sizes[0] if sizes else (1, 1)
     for i in range(1, len(table)):

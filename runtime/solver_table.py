@@ -153,7 +153,8 @@ class SolverTable:
                     -self.alphas * on_output / self.sigmas,
                 ),
             }
-        return find_recurrence(self.coefficients, len(self), 1 if self.clipped is None else 2, kept)
+        banks = 1 if self.clipped is None else 2
+        return find_recurrence(self.coefficients, len(self), banks, kept, starting_scale=self.init_noise_sigma)
 
     def recurrence(self) -> Recurrence | None:
         """The sparse form that needs only a few earlier inputs and outputs, or None where there is none.
