@@ -1,78 +1,184 @@
-"""``lehr build``: from the portable graph in a bundle to an engine in the same bundle."""
+"""``lehr build``: from the portable graphs in a bundle to an engine in the same bundle."""
 
 from __future__ import annotations
 
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from lehr.engines.builders import builder, candidates
+from lehr.engines.choose import Candidate, Measured, fastest, measure
 from lehr.engines.target import Target
 from lehr.runtime.backends import backend
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.engine import EngineRecord
-from lehr.runtime.errors import BundleError, IncompatibleEngine, InvalidInput, UnknownName
-from lehr.runtime.host import host, peak_rss_mb
-from lehr.runtime.recipe import Recipe
+from lehr.runtime.denoiser import synthetic_conditions
+from lehr.runtime.engine import STEP, EngineRecord, Plan, engine_folder, engine_folders
+from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, InvalidInput
+from lehr.runtime.hoisted import SHAPE_SUFFIX
+from lehr.runtime.host import cpu_features, host, peak_rss_mb
+from lehr.runtime.noise import batch_normal, standard_normal
+from lehr.runtime.recipe import RECIPES, Recipe
+from lehr.runtime.spec import DType, ModelSpec, TensorSpec
 
-GRAPH = "step"
+Array = npt.NDArray[Any]
+
+EXAMPLE_BATCH = 2
 
 
 def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", threads: int = 0) -> EngineRecord:
-    """Build an engine and record it; an older engine of the same name is replaced.
+    """Build an engine and record it; older engines of this target and recipe are replaced.
+
+    Where "auto" leaves several libraries, all of them build and the fastest that meets parity stays
+    (:mod:`lehr.engines.choose`); one that cannot build is passed over as long as another can.
 
     Args:
         root: the bundle.
         target: the class of machine.
         recipe: how numbers are represented; checked against the target first.
-        library: an engine library of the target, or "auto" for its first.
+        library: an engine library of the target, or "auto".
         threads: of the engine on CPUs; 0 is one a core.
 
     Raises:
-        InvalidInput: the target has not the recipe's formats, or not the library.
+        InvalidInput: the target, its library or this processor has not the recipe's formats.
         IncompatibleEngine: this machine is not of the target's kind.
         BundleError: the bundle holds no weights.
-        BuildFailed: the engine library refuses the graph.
+        BuildFailed: the engine library refuses a graph, or no library meets parity.
     """
     target.check(recipe)
     if threads < 0:
         raise InvalidInput(f"threads must be 0 (one a core) or more, got {threads}.")
-    chosen = target.libraries[0] if library == "auto" else library
-    if chosen not in target.libraries:
-        raise UnknownName(f"engine library for target {target.name!r}", chosen, target.libraries)
+    libraries = candidates(target, recipe, library)
     if sys.platform not in target.os or platform.machine() not in target.arch:
         raise IncompatibleEngine(
             f"this machine is {sys.platform} {platform.machine()}; target {target.name!r} is built on "
             f"{'/'.join(target.os)} {'/'.join(target.arch)}. Run lehr build on such a machine."
         )
+    target.check_machine(recipe, cpu_features())
     bundle = Bundle.open(root)
-    graph = bundle.manifest.graphs[GRAPH]
-    if graph.weights is None:
-        raise BundleError(f"{root.name} holds structure only, no weights. Export it without --structure-only.")
-    sources = [name for name in (graph.file, graph.weights) if bundle.path(name)]
     started = time.monotonic()
-    version = backend(chosen).version()  # before the import below: raises MissingExtra with the pip line
-    from lehr.engines import onnxruntime_cpu
-
+    versions = {name: backend(name).version() for name in libraries}
     with bundle.edit() as edit:
-        folder = f"engines/{target.name}--{recipe.name}--{chosen}-{version}"
-        edit.remove(folder)
-        directory = edit.folder(folder)
-        built = onnxruntime_cpu.build(bundle.path(graph.file), bundle.manifest.model, directory, threads=threads)
+        replaced = set(engine_folders(bundle, target.name, recipe.name))
+        for old in replaced:
+            edit.remove(old)
+        edit.set_manifest(parity={k: v for k, v in bundle.manifest.parity.items() if k not in replaced})
+        folders = {name: engine_folder(target.name, recipe.name, name, versions[name]) for name in libraries}
+        built, failed = _build_all(bundle, recipe, {n: edit.folder(f) for n, f in folders.items()}, threads)
+        chosen, rows = _chosen(bundle, recipe, built, failed)
+        for name in libraries:
+            if name != chosen.library:
+                edit.remove(folders[name])
         record = EngineRecord(
             target=target.name,
             recipe=recipe.name,
             recipe_version=recipe.version,
-            library=chosen,
-            library_version=version,
+            library=chosen.library,
+            library_version=versions[chosen.library],
             host=host(),
-            sources={name: bundle.manifest.files[name].sha256 for name in sources},
-            plans={GRAPH: built.plan},
-            options=built.options,
-            achieved_precision=built.achieved_precision,
-            operators=built.operators,
+            sources=_sources(bundle),
+            plans=chosen.plans,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_mb=round(peak_rss_mb(), 1),
+            candidates=tuple(row.to_json() for row in rows),
         )
-        edit.add_json(f"{folder}/build.json", record.to_json())
+        edit.add_json(f"{record.folder}/build.json", record.to_json())
     return record
+
+
+def _build_all(
+    bundle: Bundle, recipe: Recipe, folders: Mapping[str, Path], threads: int
+) -> tuple[list[Candidate], dict[str, BuildFailed]]:
+    """Engines by the libraries that can build one, and what stopped the others."""
+    built, failed = [], {}
+    for name, folder in folders.items():
+        try:
+            plans = build_plans(bundle, name, recipe, folder, threads=threads)
+            built.append(Candidate(library=name, folder=folder, plans=plans))
+        except BuildFailed as e:
+            failed[name] = e
+    return built, failed
+
+
+def _chosen(
+    bundle: Bundle, recipe: Recipe, built: list[Candidate], failed: Mapping[str, BuildFailed]
+) -> tuple[Candidate, list[Measured]]:
+    """The engine to keep, and the table of what was tried; the table is empty if there was one library."""
+    if not built:
+        raise next(iter(failed.values()))
+    if len(built) == 1 and not failed:
+        return built[0], []
+    rows = measure(bundle, recipe, built, example_inputs(bundle.manifest.model))
+    rows += [Measured(library=name, reason=str(error)) for name, error in failed.items()]
+    best = fastest(rows)
+    if best is None:
+        tried = "; ".join(
+            f"{r.library}: {r.reason or f'score error {r.max_rel_error:.2e}, limit {r.limit:.2e}'}" for r in rows
+        )
+        raise BuildFailed(f"no library's {recipe.name} engine meets parity ({tried}). Choose one with --library.")
+    return next(c for c in built if c.library == best), rows
+
+
+def build_plans(bundle: Bundle, library: str, recipe: Recipe, folder: Path, *, threads: int) -> dict[str, Plan]:
+    """Compile every graph of a bundle with one library; all but "step" run rarely and compute in fp32."""
+    feeds, plans = example_feeds(bundle), {}
+    for name, graph in bundle.manifest.graphs.items():
+        if graph.weights is None:
+            raise BundleError(
+                f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only."
+            )
+        bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
+        plans[name] = builder(library).build(
+            bundle.path(graph.file),
+            feeds[name],
+            folder,
+            name=name,
+            recipe=recipe if name == STEP else RECIPES["fp32"],
+            threads=threads,
+        )
+    return plans
+
+
+def example_inputs(spec: ModelSpec) -> dict[str, Array]:
+    """Inputs of the whole model: batch 2, the middle of the path, noise for the rest."""
+    sample = batch_normal(0, range(EXAMPLE_BATCH), spec.sample_shape(EXAMPLE_BATCH)[1:])
+    middle = spec.path.timestep_of([1.0]).astype(spec.timestep.dtype.numpy)
+    return {
+        spec.sample.name: sample.astype(spec.sample.dtype.numpy),
+        spec.timestep.name: middle.repeat(EXAMPLE_BATCH),
+        **synthetic_conditions(spec, EXAMPLE_BATCH, seed=0),
+    }
+
+
+def example_feeds(bundle: Bundle) -> dict[str, dict[str, Array]]:
+    """Inputs to look at each graph with, by the graph's name."""
+    spec = bundle.manifest.model
+    sizes = spec.default_sizes(batch=EXAMPLE_BATCH)
+    known = example_inputs(spec)
+    known[spec.sample.name + SHAPE_SUFFIX] = np.array(known[spec.sample.name].shape)
+    return {
+        name: {
+            tensor.name: known[tensor.name] if tensor.name in known else _handed_over(tensor, sizes)
+            for tensor in graph.signature.inputs
+        }
+        for name, graph in bundle.manifest.graphs.items()
+    }
+
+
+def _handed_over(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """A stand-in for what another graph computes."""
+    shape = tensor.sizes(sizes)
+    if tensor.dtype in (DType.FLOAT32, DType.FLOAT16):
+        return standard_normal(0, 0, shape).astype(tensor.dtype.numpy)
+    return np.ones(shape, dtype=tensor.dtype.numpy)
+
+
+def _sources(bundle: Bundle) -> dict[str, str]:
+    """SHA-256 of every graph and weights file, as the manifest has it."""
+    names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
+    return {name: bundle.manifest.files[name].sha256 for name in sorted(names)}

@@ -1,4 +1,4 @@
-"""The ONNX Runtime builder for CPUs: optimise the graph once, save it, and read back what was built."""
+"""The ONNX Runtime builder for CPUs: optimise a graph once, save it, and read back what was built."""
 
 from __future__ import annotations
 
@@ -6,76 +6,74 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
+import numpy.typing as npt
 
-from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, session_options
-from lehr.runtime.denoiser import synthetic_conditions
+from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed
-from lehr.runtime.noise import batch_normal
-from lehr.runtime.spec import ModelSpec
+from lehr.runtime.recipe import Format, Recipe
 
-PLAN = "step.onnx"
-WEIGHTS = "step.weights"
+Array = npt.NDArray[Any]
+
+FORMATS = frozenset({Format.FP32})
+REFUSES = {Format.BF16: "ONNX Runtime's CPU provider has no bf16 MatMul or Conv"}
 EMBED_BELOW = 1024  # bytes; larger constants go to one external file, since protobuf ends at 2 GB
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """What the builder made and what the engine says about itself."""
+def build(
+    graph: Path,
+    feeds: Mapping[str, Array],
+    folder: Path,
+    *,
+    name: str,
+    recipe: Recipe,
+    threads: int,
+) -> Plan:
+    """Optimise ``graph`` for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
+    from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, session_options  # first: raises MissingExtra
 
-    plan: str
-    options: Mapping[str, Any]
-    achieved_precision: Mapping[str, float]
-    operators: Mapping[str, int]
+    import onnxruntime as ort  # isort: skip
 
-
-def build(graph: Path, spec: ModelSpec, folder: Path, *, threads: int) -> Built:
-    """Optimise ``graph`` for this processor into ``folder``.
-
-    Args:
-        graph: the portable graph; its external weights beside it.
-        spec: of the whole model.
-        folder: an empty directory.
-        threads: worker threads of the engine; 0 is one a core.
-
-    Raises:
-        BuildFailed: ONNX Runtime refuses the graph; with its reason.
-    """
+    if recipe.arithmetic not in FORMATS:
+        raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it computes in fp32.")
     options = {"intra_op_threads": threads, "spinning": False}
+    plan = folder / f"{name}.onnx"
     made = session_options(options)
     made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    made.optimized_model_filepath = str(folder / PLAN)
-    made.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+    made.optimized_model_filepath = str(plan)
+    made.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{name}.weights")
     made.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(EMBED_BELOW))
     try:
-        ort.InferenceSession(graph, made, providers=[PROVIDER])
-        operators, precision = _inspect(folder / PLAN, spec, options)
+        # A hoisted graph runs once: its 16-bit weights stay as they are stored, not folded into copies twice the size.
+        disabled = [] if name == STEP else ["ConstantFolding"]
+        ort.InferenceSession(graph, made, providers=[PROVIDER], disabled_optimizers=disabled)
+        operators, precision = _inspect(plan, feeds, options)
     except FAILURES as e:
         raise BuildFailed(f"ONNX Runtime cannot build {graph.name}: {e}") from e
-    return Built(plan=PLAN, options=options, achieved_precision=precision, operators=operators)
+    return Plan(file=plan.name, options=options, achieved_precision=precision, operators=operators)
 
 
-def _inspect(plan: Path, spec: ModelSpec, options: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float]]:
+def _inspect(
+    plan: Path, feeds: Mapping[str, Array], options: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, float]]:
     """Run one evaluation under ONNX Runtime's profiler and count what ran, by operator and by element type.
 
     Element types are weighed by the operators that take floating-point inputs: shape arithmetic says nothing
     about precision.
     """
+    import onnxruntime as ort
+
+    from lehr.runtime.backends.onnxruntime import PROVIDER, session_options
+
     with tempfile.TemporaryDirectory() as scratch:
         made = session_options(options)
         made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         made.enable_profiling = True
         made.profile_file_prefix = str(Path(scratch) / "profile")
         session = ort.InferenceSession(plan, made, providers=[PROVIDER])
-        batch = 2
-        sample = batch_normal(0, range(batch), spec.sample_shape(batch)[1:]).astype(spec.sample.dtype.numpy)
-        middle = spec.path.timestep_of([1.0]).astype(spec.timestep.dtype.numpy)
-        feeds = {spec.sample.name: sample, spec.timestep.name: middle.repeat(batch)}
-        session.run(None, feeds | synthetic_conditions(spec, batch, seed=0))
+        session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())
     operators: Counter[str] = Counter()
     types: Counter[str] = Counter()

@@ -77,11 +77,16 @@ def log_likelihood(
         atol: absolute tolerance of the same.
 
     Raises:
-        InvalidInput: no probes, or a prediction that says nothing about x_0 at the pure noise where the path starts.
+        InvalidInput: no probes, no samples, tolerances that are not positive, or a prediction that says nothing about
+            x_0 at the pure noise where the path starts.
         ExportFailed: the solver gave up, or the network returned values that are not finite.
     """
     if probes < 1:
         raise InvalidInput(f"the trace needs at least one probe, got {probes}.")
+    if not (len(x_0) and math.isfinite(rtol) and rtol > 0 and math.isfinite(atol) and atol > 0):
+        raise InvalidInput(
+            f"a likelihood needs samples and positive tolerances, got {len(x_0)} samples, rtol {rtol} and atol {atol}."
+        )
     noisiest = [float(value) for value in path.alpha_sigma(path.first_timestep)]
     cleanest = [float(value) for value in path.alpha_sigma(path.last_timestep)]
     if noisiest[0] == 0 and prediction.kind in (PredictionKind.EPSILON, PredictionKind.SCORE):

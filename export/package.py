@@ -9,30 +9,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lehr import __version__
-from lehr.engines.graph.check import check_graph
-from lehr.engines.graph.weights import bind_weights, node_count, parameter_count, save_graph
 from lehr.export.checkpoints.files import Pickles
 from lehr.export.golden import default_tier, record
-from lehr.export.source import Source, resolve
-from lehr.export.trace import trace
+from lehr.export.graphs import FOLDER, Cut, compare, make_graphs
+from lehr.export.own_scheduler import check_steps, own_tables
+from lehr.export.source import resolve
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.errors import ExportFailed, InvalidInput
-from lehr.runtime.golden import Golden, Tier, write
+from lehr.runtime.errors import InvalidInput
+from lehr.runtime.golden import Tier, write
 from lehr.runtime.host import peak_rss_mb
-from lehr.runtime.manifest import GraphEntry
-from lehr.runtime.parity import relative_error
-
-GRAPH_FILE, WEIGHTS_FILE = "model/step.onnx", "model/weights.safetensors"
-GRAPH_REL_ERROR = 1e-3  # portable graph against eager, per evaluation; float32 sums in another order stay below 1e-4
+from lehr.runtime.stored_tables import write as write_tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Choices of one export; ``tier`` None picks by size."""
+    """Choices of one export; ``tier`` None picks by size.
+
+    ``steps`` are the numbers of steps at which the source's own scheduler is traced, None the model's own number.
+    """
 
     preset: str | None = None
     seed: int = 0
@@ -41,6 +38,8 @@ class Options:
     device: str = "cpu"
     overwrite: bool = False
     pickles: Pickles = Pickles.REFUSED
+    cut: Cut = Cut.RATE
+    steps: tuple[int, ...] | None = None
     command: tuple[str, ...] = ()
 
 
@@ -56,6 +55,7 @@ class Summary:
     golden: str
     weights: str
     route: str
+    scheduler: Mapping[str, Any] | None  # the source's own: class, steps with a table, and why others have none
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,6 +71,7 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
     """
     started = time.monotonic()
     _check_options(output, options)
+    check_steps(source, options.steps)
     found = resolve(
         source,
         preset=options.preset,
@@ -82,32 +83,21 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
     tier = Tier.NONE if options.structure_only else options.tier or default_tier(parameters)
     with Bundle.create(output, overwrite=options.overwrite) as edit:
         progress(f"tracing {found.name}: {parameters:,} parameters, {found.origin} (route: {found.route.value})")
-        graph = trace(found.module, found.spec)
-        folder = edit.folder("model")
-        if found.weights is not None:
-            progress("streaming weights")
-            bind_weights(graph, found.weights, folder / Path(WEIGHTS_FILE).name)
-        save_graph(graph, folder / Path(GRAPH_FILE).name)
-        if found.weights is not None:
-            check_graph(folder / Path(GRAPH_FILE).name, found.spec)
+        folder = edit.folder(FOLDER)
+        graphs = make_graphs(found, options.cut, folder, progress=progress)
         if tier is not Tier.NONE:
             module = found.runnable().float().to(options.device)
             golden = record(module, found.spec, tier, device=options.device, progress=progress)
             progress("comparing the graph with eager")
-            _compare(folder / Path(GRAPH_FILE).name, found, golden)
+            compare(graphs, folder.parent, found, golden)
             write(edit, golden)
+        scheduler = own_tables(source, found.spec, options.steps, progress=progress)
+        if scheduler is not None:
+            write_tables(edit, scheduler.tables)
         edit.set_manifest(
             model=found.spec,
             source=found.name,
-            graphs={
-                "step": GraphEntry(
-                    file=GRAPH_FILE,
-                    weights=None if found.weights is None else WEIGHTS_FILE,
-                    opset=graph.opset_imports[""],
-                    parameters=parameter_count(graph),
-                    nodes=node_count(graph),
-                )
-            },
+            graphs=graphs,
             versions=_versions(),
             command=options.command,
             golden_tier=tier.value,
@@ -117,10 +107,11 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
         seconds=round(time.monotonic() - started, 2),
         peak_rss_mb=round(peak_rss_mb(), 1),
         parameters=parameters,
-        nodes=node_count(graph),
+        nodes=sum(graph.nodes for graph in graphs.values()),
         golden=tier.value,
         weights=found.origin,
         route=found.route.value,
+        scheduler=None if scheduler is None else scheduler.to_json(),
     )
 
 
@@ -131,25 +122,6 @@ def _check_options(output: Path, options: Options) -> None:
         raise InvalidInput("--structure-only has no weights to run, so it goes with --golden none only.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InvalidInput("--device cuda: PyTorch finds no CUDA device here. Use --device cpu.")
-
-
-def _compare(graph: Path, found: Source, golden: Golden) -> None:
-    """Run the saved graph on the golden inputs; a graph that is not the module must not leave the exporter."""
-    from lehr.runtime.backends.onnxruntime import BACKEND
-
-    session = BACKEND.load(graph, {"intra_op_threads": 0, "spinning": False})
-    steps, spec = golden.steps, found.spec
-    for k in sorted({0, len(steps.timesteps) // 2, len(steps.timesteps) - 1}):
-        batch = steps.inputs.shape[1]
-        timestep = np.full(batch, steps.timesteps[k], dtype=spec.timestep.dtype.numpy)
-        feeds: Mapping[str, Any] = {spec.sample.name: steps.inputs[k], spec.timestep.name: timestep}
-        output = session.run({**feeds, **steps.conditions})[spec.outputs[0].name]
-        error = relative_error(steps.outputs[k], output[:, : steps.outputs.shape[2]])
-        if error > GRAPH_REL_ERROR:
-            raise ExportFailed(
-                f"the exported graph differs from {found.name} by {error:.1e} (at most {GRAPH_REL_ERROR:.0e}) at "
-                f"timestep {steps.timesteps[k]:g}. The module probably depends on Python state that tracing froze."
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -13,9 +13,57 @@ from collections.abc import Callable
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
+from onnxscript.rewriter import RewritePass, RewriteRuleSet
+from onnxscript.rewriter.rules import common as rules
 
 IR_VERSION = 10  # holds every type we use; onnxruntime 1.23 (Python 3.10) executes opset 23 from it
 FOLD_INPUTS, FOLD_OUTPUTS = 1 << 13, 1 << 16  # elements, of one folded node: small tables are folded, large are not
+
+# onnxscript's default rules by the operator that a match ends in, less ``slice_split_rule``, which lists the whole graph
+# anew for every node.
+_RULES: dict[str, tuple[object, ...]] = {
+    "Mul": (rules.mul_by_1_rule,),
+    "Add": (rules.add_0_rule,),
+    "Sub": (rules.sub_0_rule,),
+    "Div": (rules.div_by_1_rule,),
+    "Dropout": (rules.dropout_zero_rule, rules.dropout_inference_rule),
+    "Reshape": (
+        rules.two_reshapes_matmul_reshape_rule,
+        rules.one_reshape_matmul_reshape_rule,
+        rules.materialize_reshape_shape_rule,
+        rules.reshape_reshape_rule,
+        rules.squeeze_reshape_1d_rule,
+    ),
+    "Cast": (
+        rules.cast_constant_of_shape_rule,
+        rules.cast_constant_of_shape_without_value_rule,
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+    ),
+    "Slice": (rules.collapse_slice_rule, rules.collapse_slice2_rule),
+    "Min": (rules.min_min_rule, rules.max_min_rule),
+    "Max": (rules.max_max_rule, rules.min_max_rule),
+    "Clip": (rules.successive_clip_relu_rule, rules.successive_clip_rule),
+    "Relu": (rules.successive_relu_clip_rule, rules.successive_relu_rule),
+    "Expand": (rules.no_op_expand_rule,),
+    "Flatten": (rules.flatten_to_reshape_rule,),
+    "Transpose": (rules.no_op_transpose_rule, rules.transpose_transpose_rule),
+    "Unsqueeze": (rules.unsqueeze_unsqueeze_rule,),
+    "ScatterND": (rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule),
+    "Conv": (
+        rules.normalize_pad_format_conv_rule,
+        rules.fuse_pad_into_conv_rule,
+        rules.remove_optional_bias_from_conv_rule,
+    ),
+    "BatchNormalization": (
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_transpose_rule,
+        rules.fuse_batchnorm_into_gemm_rule,
+    ),
+    "ConvTranspose": (rules.remove_optional_bias_from_conv_transpose_rule,),
+    "Gemm": (rules.remove_optional_bias_from_gemm_rule,),
+}
+_ROUNDS = 2  # folding makes room for rewriting, and the reverse; a third round has not changed a graph
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
@@ -29,7 +77,7 @@ def tidy(model: ir.Model, rename_size: Callable[[str], str | int | None]) -> Non
         rename_size: a symbolic size as PyTorch wrote it -> its name, its value, or None for unknown.
     """
     named = {*model.graph.initializers}
-    onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLD_INPUTS, output_size_limit=FOLD_OUTPUTS)
+    _simplify(model)
     _fix_reshapes(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
@@ -37,6 +85,27 @@ def tidy(model: ir.Model, rename_size: Callable[[str], str | int | None]) -> Non
     _rename_nodes(model.graph, named)
     _strip(model)
     model.ir_version = IR_VERSION
+
+
+def _simplify(model: ir.Model) -> None:
+    """``onnxscript.optimizer.optimize_ir`` with only those rules that can match here: it tries each on every node."""
+    common.InlinePass()(model)
+    for _ in range(_ROUNDS):
+        folded = onnxscript.optimizer.fold_constants_ir(
+            model, onnx_shape_inference=True, input_size_limit=FOLD_INPUTS, output_size_limit=FOLD_OUTPUTS
+        )
+        present = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+        chosen = [rule for operator, some in _RULES.items() if operator in present for rule in some]
+        rewritten = bool(chosen) and RewritePass(RewriteRuleSet(chosen, commute=True))(model).modified
+        removed = common.RemoveUnusedNodesPass()(model).modified
+        if not (folded.modified or rewritten or removed):
+            break
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from lehr.engines.graph.check import MAX_OPSET, MIN_OPSET
 from lehr.engines.graph.weights import TIED, UNUSED
 from lehr.export import dims
+from lehr.export.decompose import decompose_locally
 from lehr.export.tidy import tidy
 from lehr.runtime.errors import ExportFailed, InvalidInput
 from lehr.runtime.spec import ModelSpec
@@ -191,6 +192,12 @@ def _export(skeleton: nn.Module, spec: ModelSpec, order: list[str], fake: FakeTe
 
 
 def _convert(program: ExportedProgram, spec: ModelSpec, opset: int) -> ir.Model:
+    whole = program.run_decompositions
+
+    def decompose(table: dict[Any, Any]) -> ExportedProgram:
+        return program if decompose_locally(program, table) else whole(table)
+
+    program.run_decompositions = decompose  # type: ignore[method-assign,assignment]  # asked for it by the next line
     try:
         converted: Any = torch.onnx.export(
             program, dynamo=True, opset_version=opset, optimize=False, verbose=False, external_data=False

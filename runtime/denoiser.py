@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.noise import standard_normal
-from lehr.runtime.spec import DType, ModelSpec
+from lehr.runtime.spec import DType, ModelSpec, Varies
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
-class Denoiser:
-    """Checked calls of one network: ``denoiser(sample, timestep, conditions) -> output``."""
+class Preparable(Protocol):
+    """A network that works out beforehand what a loop leaves unchanged (:mod:`lehr.runtime.hoisted`)."""
 
-    def __init__(self, spec: ModelSpec, run: Run) -> None:
-        self.spec, self._run = spec, run
+    def announce(self, timesteps: Iterable[float]) -> None: ...
+
+    def prepare(self, sample_sizes: Sequence[int], conditions: Sequence[Mapping[str, Array]]) -> None: ...
+
+
+class Denoiser:
+    """Checked calls of one network: ``denoiser(sample, timestep, conditions) -> output``.
+
+    Args:
+        spec: what the network takes and returns.
+        run: feeds in, outputs out.
+        hoisted: what prepares ``run`` for a loop, if anything does.
+    """
+
+    def __init__(self, spec: ModelSpec, run: Run, *, hoisted: Preparable | None = None) -> None:
+        self.spec, self._run, self._hoisted = spec, run, hoisted
+        self._constants: dict[str, Array] = {}
+
+    def prepare(
+        self, timesteps: Iterable[float], sample_sizes: Sequence[int], conditions: Sequence[Mapping[str, Array]]
+    ) -> None:
+        """Say what is coming, which saves time and memory and changes no result.
+
+        Args:
+            timesteps: that the network will be evaluated at.
+            sample_sizes: a sample's shape without the batch.
+            conditions: sets of conditions by name, each with any number of samples; empty sets are left out.
+        """
+        if self._hoisted is None:
+            return
+        self._hoisted.announce(timesteps)
+        names = {tensor.name for tensor in self.spec.conditions}
+        self._hoisted.prepare(sample_sizes, [given for given in conditions if set(given) == names])
 
     def __call__(self, sample: Array, timestep: float, conditions: Mapping[str, Array]) -> Array:
         """Evaluate at one timestep for the whole batch.
@@ -45,12 +76,24 @@ class Denoiser:
         steps = np.full(sample.shape[0], timestep, dtype=spec.timestep.dtype.numpy)
         feeds = {spec.sample.name: sample, spec.timestep.name: steps, **conditions}
         bound = spec.check_feeds(feeds)
+        self._check_constants(conditions)
         outputs = self._run(feeds)
         try:
             spec.check_outputs(outputs, bound)
         except InvalidInput as e:
             raise RunFailed(f"{e} The engine has a size baked in; export the model again.") from e
         return outputs[spec.outputs[0].name]
+
+    def _check_constants(self, conditions: Mapping[str, Array]) -> None:
+        for tensor in self.spec.conditions:
+            if tensor.varies is not Varies.CONSTANT:
+                continue
+            known = self._constants.setdefault(tensor.name, np.array(conditions[tensor.name]))
+            if not np.array_equal(known, conditions[tensor.name]):
+                raise InvalidInput(
+                    f"{self.spec.name}: input {tensor.name!r} is constant by the model's spec and has changed between two "
+                    "evaluations; export the model with an input that varies with the prompt."
+                )
 
 
 def class_conditions(spec: ModelSpec, labels: npt.ArrayLike) -> dict[str, Array]:

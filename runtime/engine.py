@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from lehr.runtime.backends import Session, backend
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.errors import BundleError, IncompatibleEngine
+from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra
 from lehr.runtime.host import host
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+STEP = "step"  # the graph that runs at every step, and gives an engine its precision
+
+_T = TypeVar("_T")
+
+# ------------------------------------------------------------------------------------------------ what is recorded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One compiled graph, and what the engine library says about it.
+
+    Attributes:
+        file: relative to the engine's folder.
+        options: what to load it with.
+        achieved_precision: element type ("float", "bfloat16", "int8", …) -> share of the operators, read from the
+            engine itself.
+        operators: operator -> how often it stands in the engine, fused ones included.
+    """
+
+    file: str
+    options: Mapping[str, Any]
+    achieved_precision: Mapping[str, float]
+    operators: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +45,10 @@ class EngineRecord:
     Attributes:
         target, recipe, library, library_version: what was asked for and what built it.
         host: the machine it was built on; see :func:`lehr.runtime.host.host`.
-        sources: SHA-256 of the portable graph and weights it was built from, by file.
-        plans: graph name ("step") -> plan file, relative to the engine's folder.
-        options: the session options to load it with.
-        achieved_precision: element type -> share of the operators, read from the engine itself.
-        operators: operator -> how often it stands in the engine, fused ones included.
+        sources: SHA-256 of the portable graphs and weights it was built from, by file.
+        plans: of every graph, by its name in the manifest; "step" is always there.
         seconds, peak_rss_mb: what the build took.
+        candidates: the libraries that were measured against each other, a row each; empty if there was one.
     """
 
     version: int = RECORD_VERSION
@@ -37,33 +59,119 @@ class EngineRecord:
     library_version: str
     host: Mapping[str, Any]
     sources: Mapping[str, str]
-    plans: Mapping[str, str]
-    options: Mapping[str, Any]
-    achieved_precision: Mapping[str, float]
-    operators: Mapping[str, int]
+    plans: Mapping[str, Plan]
     seconds: float
     peak_rss_mb: float
+    candidates: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def folder(self) -> str:
         """``engines/<target>--<recipe>--<library>-<version>``."""
-        return f"engines/{self.target}--{self.recipe}--{self.library}-{self.library_version}"
+        return engine_folder(self.target, self.recipe, self.library, self.library_version)
+
+    @property
+    def achieved_precision(self) -> Mapping[str, float]:
+        """Of the step graph: the others compute in fp32 whatever the recipe."""
+        return self.plans[STEP].achieved_precision
+
+    @property
+    def operators(self) -> Mapping[str, int]:
+        """Of the step graph."""
+        return self.plans[STEP].operators
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "candidates": [dict(row) for row in self.candidates]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineRecord:
-        """Rebuild a record; raises BundleError for another version or missing fields."""
-        if data.get("version") != RECORD_VERSION:
+    def from_json(cls, data: Any) -> EngineRecord:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            BundleError: another version, or a field that is missing, unknown or of another type; the message names it.
+        """
+        whole = _typed(data, dict, "the record")
+        if whole.get("version") != RECORD_VERSION:
             raise BundleError(
-                f"an engine record has version {data.get('version')}, expected {RECORD_VERSION}. "
+                f"an engine record has version {reprlib.repr(whole.get('version'))}, expected {RECORD_VERSION}. "
                 "Build the engine again with lehr build."
             )
-        try:
-            return cls(**data)
-        except TypeError as e:
-            raise BundleError(f"an engine record is damaged ({e}). Build the engine again with lehr build.") from e
+        _check_fields(whole, cls, "the record")
+        plans = {name: _plan(plan, f"plans.{name}") for name, plan in _typed(whole["plans"], dict, "plans").items()}
+        if STEP not in plans:
+            raise _damaged(f"plans has no {STEP!r}")
+        return cls(
+            target=_typed(whole["target"], str, "target"),
+            recipe=_typed(whole["recipe"], str, "recipe"),
+            recipe_version=_typed(whole["recipe_version"], int, "recipe_version"),
+            library=_typed(whole["library"], str, "library"),
+            library_version=_typed(whole["library_version"], str, "library_version"),
+            host=_typed(whole["host"], dict, "host"),
+            sources=_values(whole["sources"], str, "sources"),
+            plans=plans,
+            seconds=_number(whole["seconds"], "seconds"),
+            peak_rss_mb=_number(whole["peak_rss_mb"], "peak_rss_mb"),
+            candidates=tuple(
+                _typed(row, dict, f"candidates[{k}]")
+                for k, row in enumerate(_typed(whole["candidates"], list, "candidates"))
+            ),
+        )
+
+
+def engine_folder(target: str, recipe: str, library: str, version: str) -> str:
+    """Where an engine stands in its bundle."""
+    return f"engines/{target}--{recipe}--{library}-{version}"
+
+
+def engine_folders(bundle: Bundle, target: str, recipe: str) -> list[str]:
+    """Folders of a bundle's engines for ``target`` and ``recipe``."""
+    start = f"engines/{target}--{recipe}--"
+    return [name.rpartition("/")[0] for name in bundle.names(start) if name.endswith("/build.json")]
+
+
+# ------------------------------------------------------------------------------------------------- reading fields
+
+
+def _plan(data: Any, where: str) -> Plan:
+    whole = _typed(data, dict, where)
+    _check_fields(whole, Plan, where)
+    return Plan(
+        file=_typed(whole["file"], str, f"{where}.file"),
+        options=_typed(whole["options"], dict, f"{where}.options"),
+        achieved_precision={
+            kind: _number(share, f"{where}.achieved_precision.{kind}")
+            for kind, share in _typed(whole["achieved_precision"], dict, f"{where}.achieved_precision").items()
+        },
+        operators=_values(whole["operators"], int, f"{where}.operators"),
+    )
+
+
+def _check_fields(data: Mapping[str, Any], kind: type[EngineRecord | Plan], where: str) -> None:
+    expected = {f.name for f in fields(kind)}
+    if missing := sorted(expected - set(data)):
+        raise _damaged(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(set(data) - expected):
+        raise _damaged(f"{where} has the unknown field {reprlib.repr(unknown[0])}")
+
+
+def _typed(value: Any, kind: type[_T], where: str) -> _T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _damaged(f"{where[:200]} is {reprlib.repr(value)}, expected {kind.__name__}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else _typed(value, float, where)
+
+
+def _values(value: Any, kind: type[_T], where: str) -> dict[str, _T]:
+    return {key: _typed(item, kind, f"{where}.{key}") for key, item in _typed(value, dict, where).items()}
+
+
+def _damaged(problem: str) -> BundleError:
+    return BundleError(f"an engine record is damaged: {problem}. Build the engine again with lehr build.")
+
+
+# ---------------------------------------------------------------------------------------------------- find and load
 
 
 def engines(bundle: Bundle) -> list[EngineRecord]:
@@ -78,33 +186,43 @@ def find(bundle: Bundle, target: str, recipe: str) -> EngineRecord:
     Raises:
         BundleError: there is none; the message has the command that builds it.
     """
-    found = [record for record in engines(bundle) if (record.target, record.recipe) == (target, recipe)]
-    if not found:
+    folders = engine_folders(bundle, target, recipe)
+    if not folders:
         have = ", ".join(f"{r.target} {r.recipe}" for r in engines(bundle)) or "none"
         raise BundleError(
             f"{bundle.root.name} has no {recipe} engine for target {target!r} (engines: {have}). "
             f"Build it: {rebuild_command(bundle, target, recipe)}"
         )
-    fitting = [record for record in found if not differences(bundle, record)]
-    return (fitting or found)[-1]
+    found = [EngineRecord.from_json(bundle.read_json(f"{folder}/build.json")) for folder in folders]
+    return next((record for record in reversed(found) if _fits(bundle, record)), found[-1])
 
 
-def load(bundle: Bundle, record: EngineRecord, graph: str = "step") -> Session:
-    """Load one graph of an engine.
+def load(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> Session:
+    """Load one graph of an engine; raises what :func:`check` does."""
+    check(bundle, record, graph)
+    plan = record.plans[graph]
+    return backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), plan.options)
+
+
+def check(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> None:
+    """Refuse an engine that must not be loaded here.
 
     Raises:
         IncompatibleEngine: it was built on another kind of machine, by another library version, or from other
             graphs or weights than the bundle now holds.
-        BundleError: its files are damaged.
+        BundleError: its files are damaged, or it has no such graph.
         MissingExtra: the engine library is not installed.
     """
     wrong = differences(bundle, record)
+    command = rebuild_command(bundle, record.target, record.recipe)
     if wrong:
-        command = rebuild_command(bundle, record.target, record.recipe)
         raise IncompatibleEngine(f"{record.folder} does not fit: {'; '.join(wrong)}. Rebuild it here: {command}")
+    if graph not in record.plans:
+        raise BundleError(
+            f"{record.folder} has no graph {graph!r} (it has {', '.join(record.plans)}). Build it again: {command}"
+        )
     for name in bundle.names(record.folder + "/"):
         bundle.path(name)  # external weights of the plan are read by the library, so their hashes are checked here
-    return backend(record.library).load(bundle.path(f"{record.folder}/{record.plans[graph]}"), record.options)
 
 
 def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
@@ -123,6 +241,13 @@ def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
         if entry is None or entry.sha256 != digest:
             wrong.append(f"{name} has changed since it was built")
     return wrong
+
+
+def _fits(bundle: Bundle, record: EngineRecord) -> bool:
+    try:
+        return not differences(bundle, record)
+    except MissingExtra:
+        return False
 
 
 def rebuild_command(bundle: Bundle, target: str, recipe: str) -> str:

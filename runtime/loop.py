@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.noise import batch_normal
-from lehr.runtime.recurrence import Kept, Recurrence
+from lehr.runtime.recurrence import Kept, Recurrence, Row
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.table_ops import LearnedVariance
 
@@ -111,12 +111,16 @@ def _recurrent(form: Recurrence, table: SolverTable, x_T: Array, draw: _Draw) ->
     inputs: dict[int, Array] = {}
     outputs: dict[tuple[int, int], Array] = {}
     variance: Array | None = None
+
+    def terms(row: Row) -> Iterable[tuple[float, Array]]:
+        """Nothing here outlives the row: a list of the terms would keep latents that have expired."""
+        yield row.start, like
+        yield from ((c, inputs[j]) for j, c in row.inputs)
+        yield from ((c, outputs[bank, j]) for bank, j, c in row.outputs)
+        yield from ((c, draw(j, variance)) for j, c in row.noises)
+
     for i, row in enumerate(form.rows):
-        terms = [(row.start, like)]
-        terms += [(c, inputs[j]) for j, c in row.inputs]
-        terms += [(c, outputs[bank, j]) for bank, j, c in row.outputs]
-        terms += [(c, draw(j, variance)) for j, c in row.noises]
-        current = _scaled_sum(terms, like)
+        current = _scaled_sum(terms(row), like)
         for key in row.expired:
             if len(key) == 1:
                 del inputs[key[0]]

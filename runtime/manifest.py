@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.names import MANIFEST_NAME, name_problem, nested_name
-from lehr.runtime.spec import ModelSpec
+from lehr.runtime.spec import GraphSpec, ModelSpec
 
 SCHEMA_VERSION = 1
 GOLDEN_TIERS = ("none", "steps", "full")
@@ -51,23 +51,29 @@ class GraphEntry:
         weights: name of the safetensors file it refers to, or None for a structure-only export.
         opset: ONNX operator set version.
         parameters: elements in its initialisers.
+        weight_bytes: what they take in the element types that they are stored in.
         nodes: operators in the graph.
+        flops: floating-point operations of one evaluation of one sample, at the model's default sizes.
+        signature: what the graph takes and returns.
     """
 
     file: str
     weights: str | None
     opset: int
     parameters: int
+    weight_bytes: int
     nodes: int
+    flops: int
+    signature: GraphSpec
 
     def __post_init__(self) -> None:
         for name in (self.file, self.weights):
             if name is not None and (problem := name_problem(name)):
                 raise InvalidInput(f"{reprlib.repr(name)} cannot be a file in a bundle: {problem}")
-        if self.opset < 1 or self.parameters < 0 or self.nodes < 0:
+        if self.opset < 1 or min(self.parameters, self.weight_bytes, self.nodes, self.flops) < 0:
             raise InvalidInput(
-                f"a graph needs opset >= 1, parameters >= 0 and nodes >= 0, "
-                f"got {self.opset}, {self.parameters} and {self.nodes}"
+                f"a graph needs opset >= 1 and parameters, weight_bytes, nodes and flops >= 0, got {self.opset}, "
+                f"{self.parameters}, {self.weight_bytes}, {self.nodes} and {self.flops}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +82,10 @@ class GraphEntry:
             "weights": self.weights,
             "opset": self.opset,
             "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
             "nodes": self.nodes,
+            "flops": self.flops,
+            "signature": self.signature.to_json(),
         }
 
 
@@ -89,7 +98,7 @@ class Manifest:
 
     Attributes:
         model: the denoiser's contract, with its path and prediction.
-        graphs: portable graphs by role ("step").
+        graphs: portable graphs by role, in the order in which they run: "prompt", "schedule", "step".
         files: every file of the bundle but the manifest; what is not here is not part of the bundle.
         source: preset, folder or FILE.py:FACTORY, as the user gave it.
         versions: versions of the packages that made the graphs.
@@ -224,17 +233,22 @@ def _file(data: Any, where: str) -> FileEntry:
 
 def _graph(data: Any, where: str) -> GraphEntry:
     entry = _typed(data, dict, where)
-    _check_fields(entry, {"file", "weights", "opset", "parameters", "nodes"}, where)
+    _check_fields(entry, set(GraphEntry.__dataclass_fields__), where)
     try:
         return GraphEntry(
             file=_typed(entry["file"], str, f"{where}.file"),
             weights=None if entry["weights"] is None else _typed(entry["weights"], str, f"{where}.weights"),
             opset=_typed(entry["opset"], int, f"{where}.opset"),
             parameters=_typed(entry["parameters"], int, f"{where}.parameters"),
+            weight_bytes=_typed(entry["weight_bytes"], int, f"{where}.weight_bytes"),
             nodes=_typed(entry["nodes"], int, f"{where}.nodes"),
+            flops=_typed(entry["flops"], int, f"{where}.flops"),
+            signature=GraphSpec.from_json(_typed(entry["signature"], dict, f"{where}.signature")),
         )
-    except InvalidInput as e:
-        raise _damaged(f"{_short(where)}: {e}") from e
+    except KeyError as e:
+        raise _damaged(f"{_short(where)}.signature lacks {e}") from e
+    except (InvalidInput, TypeError, ValueError, AttributeError) as e:
+        raise _damaged(f"{_short(where)}: {_short(str(e))}") from e
 
 
 def _model(data: Any) -> ModelSpec:

@@ -150,7 +150,7 @@ class LinearFlow:
 
     @property
     def last_timestep(self) -> float:
-        return 1.0
+        return min(1.0, self.num_train_timesteps / 1000)  # a flow that is told s itself ends at the same noise
 
     def alpha_sigma(self, timesteps: npt.ArrayLike) -> tuple[Array, Array]:
         sigma = np.asarray(timesteps, dtype=np.float64) / self.num_train_timesteps

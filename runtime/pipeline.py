@@ -14,14 +14,15 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, class_conditions, null_conditions
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.guidance import classifier_free, classifier_guided, distilled, embedding_names, guided
+from lehr.runtime.hoisted import Residency, load_denoiser
 from lehr.runtime.loop import Network, Step, sample
 from lehr.runtime.noise import START, batch_normal, standard_normal
 from lehr.runtime.prediction import PredictionKind
 from lehr.runtime.request import Request
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.solvers import default_sampler, solver_table
-from lehr.runtime.start import fit_mask, fit_sample, keep_known, noised, start_step
-from lehr.runtime.table_cut import tail
+from lehr.runtime.start import begun_late, fit_mask, fit_sample, keep_known, noised, start_step
+from lehr.runtime.stored_tables import SCHEDULER, StoredTables, choose
 from lehr.runtime.table_fit import check_fits
 
 __all__ = ["OnStep", "Pipeline", "Request", "open_denoiser"]
@@ -30,16 +31,17 @@ Array = npt.NDArray[Any]
 OnStep = Callable[[int, Step], None]
 
 
-def open_denoiser(path: str | Path, *, target: str = "cpu", recipe: str = "fp32") -> Denoiser:
-    """The network of a bundle, run by its engine for ``target`` and ``recipe``.
+def open_denoiser(
+    path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.PHASES
+) -> Denoiser:
+    """The network of a bundle, run by its engine for ``target`` and ``recipe``; ``residency`` says what stays loaded.
 
     Raises:
         BundleError, IncompatibleEngine: no such engine, a damaged file, or an engine of another machine.
         MissingExtra: the engine library is not installed.
     """
     bundle = Bundle.open(path)
-    session = engines.load(bundle, engines.find(bundle, target, recipe))
-    return Denoiser(bundle.manifest.model, session.run)
+    return load_denoiser(bundle, engines.find(bundle, target, recipe), residency=residency)
 
 
 class Pipeline:
@@ -49,12 +51,19 @@ class Pipeline:
         denoiser: the network.
         guide: a network of its own for what guidance subtracts, of the same path, prediction and sample.
         classifier: a network that returns the gradient of log p(y | x_t), for classifier guidance.
+        tables: of the model's own scheduler, by number of steps; requests that name no sampler use them.
     """
 
     def __init__(
-        self, denoiser: Denoiser, *, guide: Denoiser | None = None, classifier: Denoiser | None = None
+        self,
+        denoiser: Denoiser,
+        *,
+        guide: Denoiser | None = None,
+        classifier: Denoiser | None = None,
+        tables: Mapping[int, SolverTable] | None = None,
     ) -> None:
         self.denoiser, self.guide, self.classifier = denoiser, guide, classifier
+        self.tables: Mapping[int, SolverTable] = tables or {}
         spec = denoiser.spec
         for role, other in (("guide", guide), ("classifier", classifier)):
             if other is not None and (other.spec.path != spec.path or other.spec.sample.shape != spec.sample.shape):
@@ -74,18 +83,29 @@ class Pipeline:
             )
 
     @classmethod
-    def open(cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32") -> Pipeline:
+    def open(
+        cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.PHASES
+    ) -> Pipeline:
         """Load the engine of ``target`` and ``recipe`` from a bundle; raises what :func:`open_denoiser` does."""
-        return cls(open_denoiser(path, target=target, recipe=recipe))
+        denoiser = open_denoiser(path, target=target, recipe=recipe, residency=residency)
+        return cls(denoiser, tables=StoredTables(Bundle.open(path)))
 
     def table(self, request: Request) -> SolverTable:
         """The solver table a request asks for; InvalidInput for one that does not fit the model."""
         spec = self.denoiser.spec
         if request.table is not None:
             check_fits(request.table, spec)
-            if request.init is None:
-                return request.table
-            return tail(request.table, start_step(len(request.table), request.share))
+            return request.table if request.init is None else begun_late(request.table, request.share)
+        if request.sampler in (None, SCHEDULER):
+            asked_for = request.sampler is not None
+            stored = choose(self.tables, spec, request.num_inference_steps, asked_for=asked_for)
+            if stored is not None:
+                if request.eta is not None:
+                    raise InvalidInput(
+                        f"{spec.name}'s {stored.sampler} has its noise fixed in the table, so eta cannot change it; "
+                        "name a native sampler that takes it (--sampler, lehr list samplers)."
+                    )
+                return stored if request.init is None else begun_late(stored, request.share)
         name = request.sampler or spec.sampling.sampler or default_sampler(spec.path)
         steps = (
             spec.sampling.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
@@ -117,6 +137,7 @@ class Pipeline:
             "noisy": None if request.noisy is None else fit_sample(request.noisy, shape, "the noisy sample"),
         }
         conditions = self._conditions(request, num)
+        self._prepare(request, table, shape[1:], conditions)
         drawn = []
         for first in range(0, num, request.batch):
             numbers = range(first, min(first + request.batch, num))
@@ -176,6 +197,21 @@ class Pipeline:
         )
         # The loop leaves the known region within rounding; it is given, so it is given back exactly.
         return final if init is None or mask is None else np.where(mask == 0, init, final)
+
+    def _prepare(
+        self, request: Request, table: SolverTable, sizes: tuple[int, ...], conditions: Mapping[str, Array]
+    ) -> None:
+        """Let the networks compute what all batches will need before the first of them runs."""
+        spec, guidance = self.denoiser.spec, request.guidance
+        scale = spec.sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        without: dict[str, Array] = {}
+        if request.unconditional:
+            without = {**conditions, **request.unconditional}
+        elif spec.null_class is not None and self.guide is None and (scale != 1.0 or guidance.schedule):
+            without = null_conditions(spec, 1)
+        self.denoiser.prepare(table.timesteps, sizes, [conditions, without])
+        if self.guide is not None:
+            self.guide.prepare(table.timesteps, sizes, [{**conditions, **request.unconditional}])
 
     def _conditions(self, request: Request, num: int) -> dict[str, Array]:
         spec = self.denoiser.spec

@@ -12,11 +12,17 @@ class Format(str, Enum):
     """A number format of weights and arithmetic."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A named, versioned choice of formats. ``version`` is part of an engine's identity."""
+    """A named, versioned choice of formats. ``version`` is part of an engine's identity.
+
+    Attributes:
+        weights: how they are stored.
+        arithmetic: of the step graph; the graphs that run once a loop compute in fp32 whatever the recipe.
+    """
 
     name: str
     version: int
@@ -32,7 +38,14 @@ RECIPES = {
         weights=Format.FP32,
         arithmetic=Format.FP32,
         summary="32-bit floating point throughout; the reference on CPUs",
-    )
+    ),
+    "bf16": Recipe(
+        name="bf16",
+        version=1,
+        weights=Format.FP32,
+        arithmetic=Format.BF16,
+        summary="matrix products and convolutions on bfloat16, whose weights are rounded when the engine is loaded",
+    ),
 }
 
 

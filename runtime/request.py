@@ -28,6 +28,8 @@ class Request:
         num: how many samples; by default one a seed, one a label, or one.
         seed: with the sample's number it determines the noise, whatever the batch.
         seeds: a seed for each sample instead; ``seeds=[k]`` draws what sample 0 of ``seed=k`` is.
+        sampler: a native sampler, or "scheduler", the model's own, whose tables were stored at export; by default that
+            one where there are tables, else what suits the model.
         eta: share of injected noise, for samplers that take it; by default the sampler's own.
         guidance_scale: of guidance; the same as ``Guidance(scale=…)``.
         guidance: how guidance acts, beyond its scale.

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lehr.runtime.arrays import write_arrays
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.jsonlike import decode_json, encode_json
 from lehr.runtime.paths import Path
@@ -196,11 +196,7 @@ class SolverTable:
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), np.ndarray)}
         arrays["meta"] = np.frombuffer(encode_json(meta, f"table {self.sampler!r}"), dtype=np.uint8)
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in sorted(arrays):
-                member = io.BytesIO()
-                np.lib.format.write_array(member, np.ascontiguousarray(arrays[name]), allow_pickle=False)
-                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED)
+        write_arrays(buffer, arrays)
         return buffer.getvalue()
 
     @classmethod
@@ -220,7 +216,7 @@ class SolverTable:
                 clip=op_from_json(meta["clip"]),
                 variance=None if meta["variance"] is None else LearnedVariance(meta["variance"]),
                 init_noise_sigma=float(meta["init_noise_sigma"]),
-                options=meta["options"],
+                options=dict(meta["options"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError, InvalidInput) as e:
             raise BundleError(f"the solver table is damaged: {e}. Make it again with lehr export.") from e

@@ -7,10 +7,13 @@ and travel in the bundle's manifest as JSON.
 
 from __future__ import annotations
 
+import ast
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from lehr.runtime.paths import Path, path_from_json
 from lehr.runtime.prediction import Prediction
 
 MAX_ELEMENTS = 2**31  # of one input; a manifest that asks for more is refused before anything is allocated
+MAX_EXPRESSION, MAX_POWER = 200, 4  # characters of a size's expression and powers in it; a manifest may be hostile
 
 
 class DType(str, Enum):
@@ -78,9 +82,57 @@ class Dim:
 BATCH = Dim(name="batch", default=2, max=1024)
 
 
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,  # graphs write exact quotients, "height*width/4"
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_DIVISIONS = (ast.Div, ast.FloorDiv, ast.Mod)
+
+
+def size_of(expression: str | None, dims: Mapping[str, int]) -> int | None:
+    """The value of a size such as ``"batch"`` or ``"height*width/4"``; None for one that cannot be worked out."""
+    if expression is None:
+        return None
+    if expression in dims:
+        return dims[expression]
+    parsed = _parsed(expression)
+    return None if parsed is None else _evaluate(parsed, dims)
+
+
+@cache
+def _parsed(expression: str) -> ast.expr | None:
+    try:
+        return ast.parse(expression, mode="eval").body if len(expression) <= MAX_EXPRESSION else None
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
+def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> int | None:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return dims.get(node.id)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _evaluate(node.left, dims), _evaluate(node.right, dims)
+        if left is None or right is None or abs(left) > MAX_ELEMENTS or not 0 <= right <= MAX_ELEMENTS:
+            return None
+        if (isinstance(node.op, ast.Pow) and right > MAX_POWER) or (not right and type(node.op) in _DIVISIONS):
+            return None
+        return int(_OPERATORS[type(node.op)](left, right))
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One input or output. ``shape`` mixes fixed sizes with names of :class:`Dim`."""
+    """One input or output. ``shape`` mixes fixed sizes with names of :class:`Dim`.
+
+    Between the graphs of one model a size may also be an expression of such names, ``"height*width/4"``.
+    """
 
     name: str
     dtype: DType = DType.FLOAT32
@@ -93,8 +145,16 @@ class TensorSpec:
                 raise InvalidInput(f"{self.name!r}: size {size} in shape {self.shape} must be positive")
 
     def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """Concrete shape for sizes given by name; raises KeyError for a name that is not given."""
-        return tuple(dims[size] if isinstance(size, str) else size for size in self.shape)
+        """Concrete shape for sizes given by name; raises KeyError for a size that they do not give."""
+        found = [size_of(size, dims) if isinstance(size, str) else size for size in self.shape]
+        if None in found:
+            raise KeyError(self.shape[found.index(None)])
+        return tuple(size for size in found if size is not None)
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first dimension counts samples."""
+        return self.shape[:1] == ("batch",)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype.value, "shape": list(self.shape), "varies": self.varies.value}
@@ -103,6 +163,27 @@ class TensorSpec:
     def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
         shape = tuple(size if isinstance(size, str) else int(size) for size in data["shape"])
         return cls(name=str(data["name"]), dtype=DType(data["dtype"]), shape=shape, varies=Varies(data["varies"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """What one graph of a model takes and returns: the whole denoiser's signature, or a part's.
+
+    A part is fed by name: with the model's inputs, with what earlier parts return, and with ``"<input>.shape"``, the
+    shape of an input as int64.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"inputs": [t.to_json() for t in self.inputs], "outputs": [t.to_json() for t in self.outputs]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GraphSpec:
+        """Rebuild; raises InvalidInput, KeyError, TypeError or ValueError for data of another shape."""
+        inputs, outputs = (tuple(TensorSpec.from_json(t) for t in data[key]) for key in ("inputs", "outputs"))
+        return cls(inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +258,11 @@ class ModelSpec:
                 )
 
     # ------------------------------------------------------------------------------------------ shapes and feeds
+
+    @property
+    def signature(self) -> GraphSpec:
+        """Of the whole denoiser as one graph."""
+        return GraphSpec(inputs=self.inputs, outputs=self.outputs)
 
     @property
     def sample(self) -> TensorSpec:

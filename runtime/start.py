@@ -18,6 +18,7 @@ from lehr.runtime.errors import InvalidInput
 from lehr.runtime.guidance.evaluations import Evaluations
 from lehr.runtime.loop import Network
 from lehr.runtime.solver_table import SolverTable
+from lehr.runtime.table_cut import tail
 
 Array = npt.NDArray[Any]
 
@@ -42,6 +43,19 @@ def start_step(num_inference_steps: int, strength: float) -> int:
             f"{1 / num_inference_steps:.3g}, or more steps."
         )
     return num_inference_steps - kept
+
+
+def begun_late(table: SolverTable, strength: float) -> SolverTable:
+    """What img2img runs of a table made for the whole path: its last share of steps, whatever a step evaluates.
+
+    Raises:
+        InvalidInput: as :func:`start_step`, or a sampler that cannot be cut there.
+    """
+    whole = not {"begins_at", "ends_before"} & set(table.options)
+    steps = table.options.get("num_inference_steps") if whole else None
+    if not (isinstance(steps, int) and 1 <= steps <= len(table) + 1):
+        steps = len(table)
+    return tail(table, min(start_step(steps, strength) * max(1, round(len(table) / steps)), len(table) - 1))
 
 
 def fit_sample(given: Array, shape: tuple[int, ...], what: str) -> Array:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import RunFailed
 from lehr.runtime.golden import Golden, Trajectory, read
 from lehr.runtime.guidance import classifier_free
+from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.loop import Step, sample
 from lehr.runtime.parity import compare, relative_error, score
 
@@ -68,7 +68,13 @@ def verify(bundle: Bundle, record: EngineRecord) -> Verdict:
         BundleError: no golden data, damaged files, or an engine of another machine.
     """
     golden = read(bundle)
-    denoiser = Denoiser(bundle.manifest.model, engines.load(bundle, record).run)
+    denoiser = load_denoiser(bundle, record)
+    # Said once for everything that follows, or the graphs of the two phases would take turns in memory.
+    timesteps = [*golden.steps.timesteps, *(t for loop in golden.trajectories for t in loop.table.timesteps)]
+    sets = [golden.steps.conditions]
+    for loop in golden.trajectories:
+        sets += [loop.conditions, {**loop.conditions, **loop.unconditional}]
+    denoiser.prepare(timesteps, golden.steps.inputs.shape[2:], sets)
     l0 = _structure(denoiser, record, golden)
     if not l0.passed:
         unreached = Level(passed=None, reason="not reached: L0 failed")
@@ -100,8 +106,8 @@ def _structure(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Leve
     return Level(passed=True, reason="shapes, finiteness and precision as specified", measures=measures)
 
 
-def _steps(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
-    """L1: the score's relative error at every recorded timestep."""
+def step_errors(denoiser: Denoiser, golden: Golden) -> list[float]:
+    """The score's relative error at every recorded timestep; where alpha is 0, the output's if that is larger."""
     steps, prediction = golden.steps, denoiser.spec.prediction
     errors = []
     for k, timestep in enumerate(steps.timesteps):
@@ -116,6 +122,12 @@ def _steps(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
                 relative_error(steps.outputs[k], output) if alpha == 0 else 0.0,
             )
         )
+    return errors
+
+
+def _steps(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
+    """L1: one evaluation at several timesteps."""
+    steps, errors = golden.steps, step_errors(denoiser, golden)
     limit, worst = rel_error_limit(golden, record.recipe), max(errors)
     at = f"at timestep {steps.timesteps[int(np.argmax(errors))]:g}"
     return Level(

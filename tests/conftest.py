@@ -47,5 +47,5 @@ def dit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     bundle = tmp_path_factory.mktemp("bundles") / "digits-dit.lehr"
     export("digits-dit", bundle, Options(), progress=lambda text: None)
-    build(bundle, target("cpu"), recipe("fp32"))
+    build(bundle, target("cpu"), recipe("fp32"), library="onnxruntime")
     return bundle

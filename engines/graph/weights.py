@@ -8,7 +8,8 @@ neither a graph nor a process ever holds a model's weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ __all__ = [
     "Rename",
     "SafetensorsFile",
     "SafetensorsFolder",
+    "Storage",
     "TensorInfo",
     "WeightSource",
     "bind_weights",
@@ -41,6 +43,7 @@ __all__ = [
     "node_count",
     "parameter_count",
     "save_graph",
+    "weight_bytes",
     "write_safetensors",
 ]
 
@@ -51,8 +54,16 @@ UNUSED = "lehr.unused_weights"  # graph metadata: JSON, names of the module's te
 Rename = Callable[[str], str | None] | Mapping[str, str]
 
 _FLOATS = frozenset(np.dtype(kind) for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+_HALVES = frozenset(np.dtype(kind) for kind in (np.float16, ml_dtypes.bfloat16))
 _LISTED = 10  # names of one kind in an error message
 _CHUNK = 1 << 22  # elements converted at a time
+
+
+class Storage(Enum):
+    """In which element type floating-point weights are kept."""
+
+    GRAPH = "graph"  # the graph's own
+    SOURCE = "source"  # the source's where it is half as wide, and widened inside the graph
 
 
 class WeightSource(Protocol):
@@ -69,36 +80,70 @@ class WeightSource(Protocol):
 # -------------------------------------------------------------------------------------------------- binding
 
 
-def bind_weights(model: ir.Model, source: WeightSource, weights_path: Path, *, rename: Rename | None = None) -> None:
+def bind_weights(
+    models: ir.Model | Sequence[ir.Model],
+    source: WeightSource,
+    weights_path: Path,
+    *,
+    rename: Rename | None = None,
+    storage: Storage = Storage.GRAPH,
+) -> None:
     """Give every initialiser without data its tensor from ``source``, through a file written to ``weights_path``.
 
-    Floating-point tensors of another width are converted to the graph's as they are written.
+    Floating-point tensors of another width are converted to the graph's as they are written, or kept in 16 bits and
+    converted by a ``Cast`` in the graph.
 
     Args:
-        model: changed in place: its weights become external tensors that refer to ``weights_path`` by file name.
+        models: a graph, or the parts of one; changed in place: their weights become external tensors that refer to
+            ``weights_path`` by file name. What several parts read is written once.
         source: read one tensor at a time.
         weights_path: a safetensors file, replaced in one step; save the graph beside it.
         rename: the source's names -> the graph's. A mapping keeps names it does not hold; a function returns None
             for a tensor that is to be left out.
+        storage: in which element type the file keeps them.
 
     Raises:
         InvalidInput: names or shapes of ``source`` are not the graph's, an element type cannot be converted, or a
             weight is NaN, infinite, or too large for the graph's element type.
         RunFailed: the disk is full, or the folder is gone.
     """
-    wanted = {name: _info_of(value) for name, value in _unbound(model).items()}
+    parts = [models] if isinstance(models, ir.Model) else list(models)
+    wanted = _wanted(parts)
     origin = match_weights(
         wanted,
         source,
         rename=rename,
-        tied=json.loads(model.metadata_props.get(TIED, "{}")),
-        ignored=json.loads(model.metadata_props.get(UNUSED, "[]")),
-        what=model.graph.name or "the graph",
+        tied=json.loads(parts[0].metadata_props.get(TIED, "{}")),
+        ignored=json.loads(parts[0].metadata_props.get(UNUSED, "[]")),
+        what=parts[0].graph.name or "the graph",
     )
+    if storage is Storage.SOURCE:
+        kept = {name: source.info(stored).dtype for name, stored in origin.items()}
+        wanted = {
+            name: TensorInfo(kept[name], info.shape) if info.dtype == np.float32 and kept[name] in _HALVES else info
+            for name, info in wanted.items()
+        }
+        for part in parts:
+            _widen(part, wanted)
     places = write_safetensors(
         weights_path, [(name, info, partial(convert, source, origin[name], info)) for name, info in wanted.items()]
     )
-    _attach(model, places, Path(weights_path))
+    for part in parts:
+        _attach(part, places, Path(weights_path))
+
+
+def _widen(model: ir.Model, stored: Mapping[str, TensorInfo]) -> None:
+    """Let weights that are stored in 16 bits have that type, and what reads them read a ``Cast``."""
+    graph = model.graph
+    for name, value in _unbound(model).items():
+        dtype = ir.DataType.from_numpy(stored[name].dtype)
+        if dtype == value.dtype:
+            continue
+        wide = ir.Value(name=f"{name}.wide", shape=value.shape, type=ir.TensorType(value.dtype or dtype))
+        ir.convenience.replace_all_uses_with(value, wide)
+        to = int(value.dtype or dtype)
+        value.dtype = dtype
+        graph.insert_before(graph[0], ir.node("Cast", [value], {"to": to}, outputs=[wide], name=f"{name}/Cast"))
 
 
 def match_weights(
@@ -215,6 +260,10 @@ def _unbound(model: ir.Model) -> dict[str, ir.Value]:
     return {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
 
 
+def _wanted(models: Sequence[ir.Model]) -> dict[str, TensorInfo]:
+    return {name: _info_of(value) for model in models for name, value in _unbound(model).items()}
+
+
 def _info_of(value: ir.Value) -> TensorInfo:
     if value.dtype is None or value.shape is None or not value.shape.is_static():
         raise InvalidInput(f"initialiser {value.name!r} has no static shape and element type, so nothing can fill it.")
@@ -238,11 +287,12 @@ def _attach(model: ir.Model, places: Mapping[str, Place], weights_path: Path) ->
 # --------------------------------------------------------------------------------------------- saving, counting
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
+def save_graph(model: ir.Model, path: Path, *, parts: Sequence[ir.Model] = ()) -> None:
     """Write the graph; its weights stay in the file they are in, which must lie in the same folder.
 
     A graph whose weights were never bound (structure only) is written with the references that binding to
-    ``weights.safetensors`` would give it, so that tools read its shapes.
+    ``weights.safetensors`` would give it, so that tools read its shapes; ``parts`` are the graphs that it would be
+    bound together with.
 
     Raises:
         InvalidInput: the weights lie in another folder, or the folder cannot be written.
@@ -257,7 +307,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
                 "Save the graph into the folder of its weights."
             )
     unbound = _unbound(model)
-    _, places = layout({name: _info_of(value) for name, value in unbound.items()})
+    _, places = layout(_wanted([*parts, model]))
     _attach(model, places, path.with_name(WEIGHTS_NAME))
     try:
         data = ir.to_proto(model).SerializeToString(deterministic=True)
@@ -274,10 +324,21 @@ def save_graph(model: ir.Model, path: Path) -> None:
         raise
 
 
-def parameter_count(model: ir.Model) -> int:
-    """Elements of all weights, bound or not; constants embedded in the graph are none."""
+def parameter_count(*models: ir.Model) -> int:
+    """Elements of all weights, bound or not, those of several parts once; constants embedded in a graph are none."""
+    weights = {
+        name: _info_of(value).size
+        for model in models
+        for name, value in model.graph.initializers.items()
+        if value.const_value is None or isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return sum(weights.values())
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of a graph, in the element types that they are stored in."""
     return sum(
-        _info_of(value).size
+        _info_of(value).nbytes
         for value in model.graph.initializers.values()
         if value.const_value is None or isinstance(value.const_value, ir.ExternalTensor)
     )

@@ -151,6 +151,14 @@ def test_presets_have_the_fields_that_scripts_read(capsys):
     assert all(set(row) == {"name", "family", "parameters", "prediction", "path"} for row in rows)
 
 
+def test_samplers_have_the_fields_that_scripts_read(capsys):
+    from lehr.runtime.solvers import samplers
+
+    rows = json.loads(lehr("list", "samplers", "--json", capsys=capsys)[1])
+    assert [row["name"] for row in rows] == list(samplers())
+    assert all(set(row) == {"name", "order", "stochastic", "paths", "summary", "reference"} for row in rows)
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_explains_itself_with_two_examples(verb, capsys):
     code, out, _ = lehr(verb, "--help", capsys=capsys)

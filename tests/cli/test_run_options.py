@@ -69,10 +69,16 @@ def test_a_masked_picture_keeps_its_known_half(dit_bundle, digit, tmp_path):
         ["--apg-norm", 2],
         ["--guidance-scale", 2, "--guidance-projection", "apg", "--apg-momentum", 2],
         ["--classifier-scale", 2],
+        ["--steps", 0],
+        ["--steps", -3],
+        ["--sampler", "scheduler"],
+        ["--sampler", "heun"],  # not of a flow
+        ["--sampler", "euler", "--eta", 0.5],
     ],
 )
 def test_what_cannot_be_done_exits_with_2(dit_bundle, digit, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "small.npz", samples=np.zeros((1, 1, 7, 7), np.float32))
-    assert run(dit_bundle, *options, "--steps", 4, "-o", "out.png") == 2
+    steps = [] if "--steps" in options else ["--steps", 4]
+    assert run(dit_bundle, *options, *steps, "-o", "out.png") == 2
     assert not (tmp_path / "out.png").exists()

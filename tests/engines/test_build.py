@@ -53,7 +53,7 @@ def test_an_engine_records_what_was_built_from_what(bundle):
     assert record.sources["model/weights.safetensors"] == opened.manifest.files["model/weights.safetensors"].sha256
     assert record.achieved_precision == {"float": 1.0}
     assert record.operators["Attention"] == 6
-    assert record.options["intra_op_threads"] == 1
+    assert record.plans["step"].options["intra_op_threads"] == 1
 
 
 def test_the_same_build_gives_the_same_samples(bundle):

@@ -20,10 +20,12 @@ from lehr.engines.graph.tensor_file import SafetensorsFile, TensorInfo, write_sa
 from lehr.engines.graph.weights import (
     TIED,
     UNUSED,
+    Storage,
     bind_weights,
     node_count,
     parameter_count,
     save_graph,
+    weight_bytes,
 )
 from lehr.runtime.errors import ExportFailed, InvalidInput
 from lehr.runtime.paths import VP
@@ -333,3 +335,20 @@ def test_an_ill_typed_graph_fails_the_check(tmp_path: Path) -> None:
     model.graph.node(0).op_type = "NoSuchOperator"
     with pytest.raises(ExportFailed, match="NoSuchOperator"):
         check_graph(saved(tmp_path, model), SPEC)
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_weights_kept_in_sixteen_bits_are_widened_in_the_graph(half: Any, tmp_path: Path) -> None:
+    x = RNG.standard_normal((2, 5, 3)).astype(np.float32)
+    results = []
+    for storage, size in ((Storage.GRAPH, 4 * W.size), (Storage.SOURCE, 2 * W.size)):
+        folder = tmp_path / storage.value
+        folder.mkdir()
+        model = linear()
+        bind(model, {"w": W.astype(half), "b": B}, folder, storage=storage)
+        assert weight_bytes(model) == size + 4 * B.size
+        assert parameter_count(model) == W.size + B.size
+        save_graph(model, folder / "step.onnx")
+        check_graph(folder / "step.onnx", SPEC)
+        results.append(run(folder, x))
+    np.testing.assert_array_equal(*results)

@@ -23,11 +23,14 @@ import torch
 from torch import nn
 
 from lehr.engines.graph.check import check_graph
+from lehr.engines.graph.split import split
 from lehr.engines.graph.weights import bind_weights, save_graph
 from lehr.export.backbones import families, presets
 from lehr.export.backbones.preset import Preset
 from lehr.export.trace import trace
 from lehr.export.weights import TorchModuleSource
+from lehr.runtime.backends.onnxruntime import BACKEND
+from lehr.runtime.hoisted import HoistedNetwork
 from lehr.runtime.spec import DType, ModelSpec
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
@@ -113,10 +116,16 @@ def test_a_family_computes_the_same_after_export_at_shapes_it_was_not_traced_at(
     module, spec = randomise(preset.build(small(preset))), preset.spec
     assert sum(parameter.numel() for parameter in module.parameters()) < LARGEST, "teach SMALL this family's names"
     graph = trace(module, spec)
-    bind_weights(graph, TorchModuleSource(module), tmp_path / "weights.safetensors")
-    save_graph(graph, tmp_path / "step.onnx")
-    check_graph(tmp_path / "step.onnx", spec)
-    session = ort.InferenceSession(tmp_path / "step.onnx", providers=["CPUExecutionProvider"])
+    parts = split(graph, spec)
+    bind_weights(
+        [graph, *(part.model for part in parts.values())], TorchModuleSource(module), tmp_path / "w.safetensors"
+    )
+    save_graph(graph, tmp_path / "whole.onnx")
+    check_graph(tmp_path / "whole.onnx", spec)
+    for part_name, part in parts.items():
+        save_graph(part.model, tmp_path / f"{part_name}.onnx")
+        check_graph(tmp_path / f"{part_name}.onnx", part.spec)
+    session = ort.InferenceSession(tmp_path / "whole.onnx", providers=["CPUExecutionProvider"])
     sizes = unseen(spec)
     assert all(size != spec.dim(name).default for name, size in sizes.items())
     feeds = random_feeds(spec, sizes)
@@ -127,6 +136,17 @@ def test_a_family_computes_the_same_after_export_at_shapes_it_was_not_traced_at(
     got = outputs[spec.outputs[0].name]
     assert np.abs(expected).max() > 1e-3
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+    # Cut by rate: the same batch, then one of other samples, each at a timestep of its own.
+    options = {"intra_op_threads": 0, "spinning": False}
+    signatures = {part_name: part.spec for part_name, part in parts.items()}
+    network = HoistedNetwork(spec, signatures, lambda part_name: BACKEND.load(tmp_path / f"{part_name}.onnx", options))
+    for order in ([*range(sizes["batch"])], [1, 0, 0]):
+        batch = {
+            tensor.name: feeds[tensor.name][order] if tensor.batched else feeds[tensor.name] for tensor in spec.inputs
+        }
+        of_parts, of_whole = network(batch)[spec.outputs[0].name], session.run(None, batch)[0]
+        assert np.abs(of_parts - of_whole).max() <= 1e-5 * np.abs(of_whole).max()
 
 
 # ------------------------------------------------------------------------------------------------- structure only

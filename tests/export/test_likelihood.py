@@ -103,6 +103,11 @@ def test_what_has_no_likelihood_is_refused():
     x_0 = data(1)
     with pytest.raises(InvalidInput, match="probe"):
         log_likelihood(network(VP(), EPSILON), VP(), EPSILON, x_0, probes=0)
+    with pytest.raises(InvalidInput, match="0 samples"):
+        log_likelihood(network(VP(), EPSILON), VP(), EPSILON, x_0[:0])
+    for wrong in ({"rtol": 0.0}, {"atol": -1.0}, {"rtol": math.nan}):
+        with pytest.raises(InvalidInput, match="positive tolerances"):
+            log_likelihood(network(VP(), EPSILON), VP(), EPSILON, x_0, **wrong)
     with pytest.raises(InvalidInput, match="pure noise"):
         log_likelihood(network(LinearFlow(), EPSILON), LinearFlow(), EPSILON, x_0)
     with pytest.raises(ExportFailed, match="not finite"):

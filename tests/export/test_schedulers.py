@@ -524,6 +524,35 @@ def record(results: dict[str, dict[str, Any]]) -> None:
     RESULTS.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
+@pytest.mark.parametrize(
+    "options,steps",
+    [
+        # x_T is 2e4 times as large as the data: its first step loses the digits that the network's output brings
+        (
+            {
+                "prediction_type": "v_prediction",
+                "sigmas": "use_karras_sigmas",
+                "timestep_spacing": "trailing",
+                "order": 2,
+            },
+            3,
+        ),
+        # four coefficients of alternating sign on estimates that agree
+        ({"prediction_type": "sample", "sigmas": "use_beta_sigmas", "timestep_spacing": "leading", "order": 4}, 5),
+    ],
+)
+def test_where_float32_would_lose_digits_the_loop_keeps_them(options: dict[str, Any], steps: int) -> None:
+    betas = "squaredcos_cap_v2" if steps == 3 else "scaled_linear"
+    case = case_of("LMSDiscreteScheduler", {**options, "beta_schedule": betas}, steps)
+    outcome = compare(case)
+    form = case.trace(case.make()).recurrence()
+
+    assert outcome.kind == "equal", outcome
+    assert outcome.share < 0.6
+    assert form is not None
+    assert form.wide
+
+
 # ------------------------------------------------------------------------------------------------ the x_0 estimate
 
 

@@ -38,7 +38,16 @@ SPEC = ModelSpec(
     path=LinearFlow(),
     prediction=FLOW_PREDICTION,
 )
-STEP = GraphEntry(file="model/step.onnx", weights="model/weights.safetensors", opset=20, parameters=3, nodes=1)
+STEP = GraphEntry(
+    file="model/step.onnx",
+    weights="model/weights.safetensors",
+    opset=20,
+    parameters=3,
+    nodes=1,
+    weight_bytes=4,
+    flops=2,
+    signature=SPEC.signature,
+)
 ARRAYS = {"x_T": np.arange(6, dtype=np.float32).reshape(2, 3), "seed": np.array(7)}
 
 

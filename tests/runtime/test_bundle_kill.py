@@ -49,7 +49,16 @@ def fill(edit: Edit, content: bytes) -> None:
     edit.add_bytes("model/weights.safetensors", content)
     edit.add_bytes("golden/index.json", b"{}")
     edit.add_bytes("reports", b"a file")
-    step = GraphEntry(file="model/step.onnx", weights="model/weights.safetensors", opset=20, parameters=1, nodes=1)
+    step = GraphEntry(
+        file="model/step.onnx",
+        weights="model/weights.safetensors",
+        opset=20,
+        parameters=1,
+        nodes=1,
+        weight_bytes=4,
+        flops=2,
+        signature=spec().signature,
+    )
     edit.set_manifest(model=spec(), graphs={"step": step}, source="tiny")
 
 

@@ -19,7 +19,7 @@ from lehr.runtime.pipeline import Pipeline, Request
 from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, V_PREDICTION, Prediction, PredictionKind
 from lehr.runtime.solvers import solver_table
 from lehr.runtime.spec import BATCH, ModelSpec, TensorSpec, Varies
-from lehr.runtime.start import start_step
+from lehr.runtime.start import begun_late, start_step
 from lehr.runtime.table_cut import head, row_below, split, tail
 
 EDM_PREDICTION = Prediction(kind=PredictionKind.EDM)
@@ -183,6 +183,18 @@ def test_a_given_table_and_a_named_sampler_start_alike(path, prediction):
         for how in ({"table": table}, {"sampler": name, "num_inference_steps": 10})
     ]
     assert both[0] == pytest.approx(both[1], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "first"), [("ddim", 5), ("heun", 10), ("pndm", None), ("dpmpp_2m", 5)])
+def test_a_given_table_begins_at_a_whole_step_as_diffusers_counts_them(sampler, first):
+    table = solver_table(sampler, VP(), EPSILON, 10)
+    if first is None:  # a Runge-Kutta step of PNDM begins with what the step before it knew
+        with pytest.raises(InvalidInput, match="cannot be cut"):
+            begun_late(table, 0.95)
+        return
+    late = begun_late(table, 0.5)
+    assert late.timesteps.tolist() == table.timesteps[first:].tolist()
+    assert len(begun_late(late, 0.5)) == len(late) // 2  # a table that was cut counts its evaluations
 
 
 def test_little_strength_stays_near_the_sample_and_more_moves_it():

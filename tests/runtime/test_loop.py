@@ -248,7 +248,10 @@ def test_extra_channels_belong_to_a_learned_variance_and_only_there() -> None:
 # ----------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("name,order", [("euler", 1), ("dpmpp_2m", 2), ("flow_euler", 1)])
+@pytest.mark.parametrize(
+    "name,order",
+    [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3), ("deis", 3), ("lms", 4), ("pndm", 4), ("flow_euler", 1)],
+)
 def test_the_loop_keeps_no_more_than_its_order_and_two_latents(name: str, order: int) -> None:
     path, prediction = (LinearFlow(), FLOW_PREDICTION) if name == "flow_euler" else (VP(), EPSILON)
     table = solver_table(name, path, prediction, 30)

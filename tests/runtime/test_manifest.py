@@ -34,7 +34,16 @@ def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "model": SPEC,
         "graphs": {
-            "step": GraphEntry(file="model/step.onnx", weights="model/w.safetensors", opset=20, parameters=5, nodes=7)
+            "step": GraphEntry(
+                file="model/step.onnx",
+                weights="model/w.safetensors",
+                opset=20,
+                parameters=5,
+                nodes=7,
+                weight_bytes=4,
+                flops=2,
+                signature=SPEC.signature,
+            )
         },
         "files": {
             "model/w.safetensors": FileEntry(sha256="b" * 64, bytes=12),
@@ -76,7 +85,9 @@ def test_equal_manifests_give_equal_bytes_whatever_the_order_of_their_fields() -
 
 
 def test_a_structure_only_graph_has_no_weights() -> None:
-    graph = GraphEntry(file="model/step.onnx", weights=None, opset=18, parameters=0, nodes=1)
+    graph = GraphEntry(
+        file="model/step.onnx", weights=None, opset=18, parameters=0, nodes=1, weight_bytes=4, flops=2, signature=SPEC.signature
+    )
     again = manifest(graphs={"step": graph})
     assert Manifest.from_json(again.to_json()).graphs["step"].weights is None
 

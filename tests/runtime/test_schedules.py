@@ -164,6 +164,12 @@ def test_spacings_are_those_of_the_table_they_are_named_after() -> None:
     assert timesteps(VP(), 4, Distilled()).tolist() == [999, 759, 499, 259]
 
 
+def test_a_flow_that_is_told_s_itself_visits_the_same_noise_as_one_that_counts_to_1000() -> None:
+    counted, told = (timesteps(LinearFlow(num_train_timesteps=n), 8, Karras()) for n in (1000, 1))
+    assert told == pytest.approx(counted / 1000)
+    assert counted[0] > counted[-1]
+
+
 def test_karras_is_equation_five() -> None:
     levels = noise_levels(EDM(), timesteps(EDM(), 18, Karras()))
     assert levels[:3] == pytest.approx([80.0, 57.5860, 40.7856], rel=1e-5)  # Karras et al. 2022, N = 18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,76 @@ def _engine(bundle: Any, record: Any) -> dict[str, Any]:
     }
 
 
+def _cached(graph: Any, spec: Any) -> int:
+    """Bytes of a graph's results for one sample, at the model's default sizes."""
+    sizes = spec.default_sizes(batch=1)
+    return sum(math.prod(tensor.sizes(sizes)) * tensor.dtype.numpy.itemsize for tensor in graph.signature.outputs)
+
+
+def _explain(bundle: Any, tensor: str) -> list[str]:
+    from lehr.runtime.errors import MissingExtra
+
+    try:
+        import onnx_ir as ir
+
+        from lehr.engines.graph.rates import explain
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or "onnx_ir", "export") from e
+    graphs = {
+        name: (ir.load(bundle.path(graph.file)).graph, graph.signature.inputs)
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    return explain(graphs, tensor)
+
+
+def _table(steps: int, solver: Any) -> dict[str, Any]:
+    return {
+        "scheduler": solver.sampler,
+        "steps": steps,
+        "evaluations": len(solver),
+        "noises": solver.num_noises,
+    }
+
+
 @click.command("inspect")
 @bundle_argument
+@click.option("--explain", metavar="TENSOR", help="Why a tensor of the graphs is computed as often as it is.")
 @click.option("--verify-files", is_flag=True, help="Also read every file and check its SHA-256.")
 @json_option
-def command(bundle: Path, verify_files: bool, as_json: bool) -> None:
+def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool) -> None:
     """Show what a bundle holds.
+
+    Cached bytes are what a graph hands to the step graph: the prompt graph's for one sample, the schedule graph's for
+    one sample and step, both at the model's default sizes. The step graph's are its output.
 
     \b
     Examples:
       lehr inspect d.lehr
+      lehr inspect d.lehr --explain schedule.0
       lehr inspect d.lehr --verify-files --json
     """
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.engine import engines
+    from lehr.runtime.stored_tables import StoredTables
 
     opened = Bundle.open(bundle)
     if verify_files:
         opened.verify()
+    if explain is not None:
+        lines = _explain(opened, explain)
+        emit(as_json, {"tensor": explain, "explanation": lines}, "\n".join(lines))
+        return
     manifest = opened.manifest
     graphs = {
         name: {
             "parameters": graph.parameters,
-            "bytes": sum(manifest.files[file].bytes for file in (graph.file, graph.weights) if file),
+            "bytes": manifest.files[graph.file].bytes + graph.weight_bytes * (graph.weights is not None),
             "nodes": graph.nodes,
+            "flops": graph.flops,
+            "cached_bytes": _cached(graph, manifest.model),
             "opset": graph.opset,
             "weights": graph.weights is not None,
+            "inputs": [tensor.to_json() for tensor in graph.signature.inputs],
         }
         for name, graph in manifest.graphs.items()
     }
@@ -58,6 +103,7 @@ def command(bundle: Path, verify_files: bool, as_json: bool) -> None:
         "model": manifest.model.to_json(),
         "source": manifest.source,
         "golden": manifest.golden_tier,
+        "tables": [_table(steps, solver) for steps, solver in StoredTables(opened).items()],
         "versions": dict(manifest.versions),
         "graphs": graphs,
         "engines": [_engine(opened, record) for record in engines(opened)],
@@ -70,7 +116,15 @@ def command(bundle: Path, verify_files: bool, as_json: bool) -> None:
 def _prose(data: dict[str, Any]) -> str:
     model = data["model"]
     graphs = [
-        (name, f"{g['parameters']:,}", f"{g['bytes'] / 1e6:,.1f}", g["nodes"], g["opset"])
+        (
+            name,
+            f"{g['parameters']:,}",
+            f"{g['bytes'] / 1e6:,.1f}",
+            f"{g['flops'] / 1e9:,.3g}",
+            g["nodes"],
+            f"{g['cached_bytes'] / 1e6:,.2f}",
+            g["opset"],
+        )
         for name, g in data["graphs"].items()
     ]
     inputs = [
@@ -83,9 +137,12 @@ def _prose(data: dict[str, Any]) -> str:
     )
     parts = [
         title,
-        table(("graph", "parameters", "MB", "operators", "opset"), graphs),
+        table(("graph", "parameters", "MB", "GFLOPs", "operators", "MB a sample", "opset"), graphs),
         table(("input", "type", "shape", "varies with"), inputs),
     ]
+    if data["tables"]:
+        steps = [(t["scheduler"], t["steps"], t["evaluations"], t["noises"]) for t in data["tables"]]
+        parts.append(table(("scheduler", "steps", "evaluations", "noises"), steps))
     if data["engines"]:
         rows = [
             (

@@ -18,7 +18,11 @@ _BUNDLE = click.Path(path_type=Path)
 @click.command("run")
 @bundle_argument
 @engine_options
-@click.option("--sampler", help="One of lehr list samplers.  [default: the model's own]")
+@click.option(
+    "--sampler",
+    help="One of lehr list samplers, or scheduler: the model's own, from a table stored at export.  [default: "
+    "scheduler where the bundle has tables, else what suits the model]",
+)
 @click.option("--steps", type=int, help="Number of sampler steps.  [default: the model's own, 20 as a rule]")
 @click.option("--eta", type=float, help="Share of injected noise, where a sampler takes it.  [default: its own]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the noise.")
@@ -99,8 +103,10 @@ def command(
     import time
 
     from lehr.runtime import picture
+    from lehr.runtime.bundle import Bundle
     from lehr.runtime.loop import Step
     from lehr.runtime.pipeline import Pipeline, Request, open_denoiser
+    from lehr.runtime.stored_tables import StoredTables
 
     picture.check_output(output, (".png", ".npz"))
     if classifier_scale is not None and classifier is None:
@@ -114,6 +120,7 @@ def command(
         denoiser,
         guide=None if guide is None else open_denoiser(guide, target=target, recipe=recipe),
         classifier=None if classifier is None else open_denoiser(classifier, target=target, recipe=recipe),
+        tables=StoredTables(Bundle.open(bundle)),
     )
     spec = denoiser.spec
     channels = spec.sample_shape(1)[1]

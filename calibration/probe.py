@@ -1,0 +1,82 @@
+"""A copy of a graph that also says how large its tensors are, so that activations never leave the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from lehr.engines.graph.passes.decompose_attention import decompose_attention
+
+PEAK, RMS = "lehr.peak", "lehr.rms"
+_FLOAT = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One tensor that is measured.
+
+    Attributes:
+        tensor: its name; within a decomposed ``Attention`` that of a piece, such as ``NODE.scores``.
+        node: the portable graph's node that computes it; empty for an input.
+        operator: of that node.
+    """
+
+    tensor: str
+    node: str
+    operator: str
+
+    @property
+    def layer(self) -> str:
+        """The module the node was traced in, or the node itself."""
+        return self.node.rpartition("/")[0] or self.node or self.tensor
+
+
+def instrument(model: ir.Model) -> tuple[ir.Model, list[Probe]]:
+    """Append to ``model`` the largest magnitude and the root mean square of every float32 tensor.
+
+    ``Attention`` is taken apart first: its logits are what overflows in half precision, and no engine shows them.
+
+    Args:
+        model: changed in place; its outputs are followed by :data:`PEAK` and :data:`RMS`.
+
+    Returns:
+        The model, and what each element of the two vectors belongs to.
+    """
+    owners = {node.name: node.op_type for node in model.graph}
+    decompose_attention(model)
+    graph = model.graph
+    values = [(None, value) for value in graph.inputs if value.dtype == _FLOAT]
+    values += [(node, out) for node in graph for out in node.outputs if out.dtype == _FLOAT and out.name]
+    probes, peaks, roots = [], [], []
+    target = ir.Value(
+        name="lehr.one", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=ir.tensor([1])
+    )
+    graph.register_initializer(target)
+    for node, value in values:
+        name = _owner(node.name or "", owners) if node is not None else ""
+        probes.append(Probe(tensor=value.name or "", node=name, operator=owners.get(name, "")))
+        size = _node(graph, "Cast", [_node(graph, "Size", [value])], {"to": int(_FLOAT)})
+        square = _node(graph, "ReduceSumSquare", [value], {"keepdims": 0})
+        peak = _node(graph, "ReduceMax", [_node(graph, "Abs", [value])], {"keepdims": 0})
+        root = _node(graph, "Sqrt", [_node(graph, "Div", [square, size])])
+        peaks.append(_node(graph, "Reshape", [peak, target]))
+        roots.append(_node(graph, "Reshape", [root, target]))
+    for name, parts in ((PEAK, peaks), (RMS, roots)):
+        whole = _node(graph, "Concat", parts, {"axis": 0})
+        whole.name, whole.shape, whole.type = name, ir.Shape([len(parts)]), ir.TensorType(_FLOAT)
+        graph.outputs.append(whole)
+    return model, probes
+
+
+def _owner(name: str, owners: dict[str, str]) -> str:
+    """The portable node that a node is, or is a piece of (``NODE.MatMul``)."""
+    while name not in owners and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _node(graph: ir.Graph, operator: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None) -> ir.Value:
+    made = ir.node(operator, inputs, attributes)
+    graph.append(made)
+    return made.outputs[0]

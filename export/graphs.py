@@ -1,0 +1,101 @@
+"""The portable graphs of an export: traced, cut by rate, weights bound to one file, checked against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+
+from lehr.engines.graph.check import check_graph
+from lehr.engines.graph.cost import total_flops
+from lehr.engines.graph.split import Part, split
+from lehr.engines.graph.weights import (
+    WEIGHTS_NAME,
+    Storage,
+    bind_weights,
+    node_count,
+    parameter_count,
+    save_graph,
+    weight_bytes,
+)
+from lehr.export.source import Source
+from lehr.export.trace import trace
+from lehr.runtime.errors import ExportFailed
+from lehr.runtime.golden import Golden
+from lehr.runtime.hoisted import STEP, hoisted_denoiser
+from lehr.runtime.manifest import GraphEntry
+from lehr.runtime.parity import relative_error
+
+FOLDER = "model"
+GRAPH_REL_ERROR = 1e-3  # portable graphs against eager, per evaluation; float32 sums in another order stay below 1e-4
+
+
+class Cut(str, Enum):
+    """How the traced graph is divided."""
+
+    RATE = "rate"  # into what runs once per prompt, once per schedule, and at every step
+    NONE = "none"
+
+
+def make_graphs(found: Source, cut: Cut, folder: Path, *, progress: Callable[[str], None]) -> dict[str, GraphEntry]:
+    """Trace ``found`` and write its graphs and weights into ``folder``, which is the bundle's ``model/``.
+
+    Returns:
+        The graphs by name, in the order in which they run.
+
+    Raises:
+        ExportFailed: the module cannot be traced, or a graph is not what it should be.
+        InvalidInput: damaged or wrong weights.
+        RunFailed: the disk is full.
+    """
+    whole = trace(found.module, found.spec)
+    parts = split(whole, found.spec) if cut is Cut.RATE else {STEP: Part(model=whole, spec=found.spec.signature)}
+    models = [part.model for part in parts.values()]
+    if found.weights is not None:
+        progress("streaming weights")
+        bind_weights(models, found.weights, folder / WEIGHTS_NAME, storage=Storage.SOURCE)
+    dims = found.spec.default_sizes()
+    entries = {}
+    for name, part in parts.items():
+        file = folder / f"{name}.onnx"
+        save_graph(part.model, file, parts=models)
+        if found.weights is not None:
+            check_graph(file, part.spec)
+        entries[name] = GraphEntry(
+            file=f"{FOLDER}/{file.name}",
+            weights=None if found.weights is None else f"{FOLDER}/{WEIGHTS_NAME}",
+            opset=part.model.opset_imports[""],
+            parameters=parameter_count(part.model),
+            weight_bytes=weight_bytes(part.model),
+            nodes=node_count(part.model),
+            flops=total_flops(part.model.graph, dims) // dims["batch"],
+            signature=part.spec,
+        )
+    return entries
+
+
+def compare(graphs: Mapping[str, GraphEntry], bundle: Path, found: Source, golden: Golden) -> None:
+    """Run the saved graphs on the golden inputs; graphs that are not the module must not leave the exporter.
+
+    Raises:
+        ExportFailed: they differ from eager.
+    """
+    from lehr.runtime.backends.onnxruntime import BACKEND
+
+    options = {"intra_op_threads": 0, "spinning": False}
+    denoiser = hoisted_denoiser(
+        found.spec,
+        {name: graph.signature for name, graph in graphs.items()},
+        lambda name: BACKEND.load(bundle / graphs[name].file, options),
+    )
+    steps = golden.steps
+    tried = sorted({0, len(steps.timesteps) // 2, len(steps.timesteps) - 1})
+    denoiser.prepare(steps.timesteps[tried], steps.inputs.shape[2:], [steps.conditions])
+    for k in tried:
+        output = denoiser(steps.inputs[k], float(steps.timesteps[k]), steps.conditions)
+        error = relative_error(steps.outputs[k], output)
+        if error > GRAPH_REL_ERROR:
+            raise ExportFailed(
+                f"the exported graph differs from {found.name} by {error:.1e} (at most {GRAPH_REL_ERROR:.0e}) at "
+                f"timestep {steps.timesteps[k]:g}. The module probably depends on Python state that tracing froze."
+            )

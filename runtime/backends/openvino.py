@@ -1,0 +1,108 @@
+"""OpenVINO on the CPU (https://docs.openvino.ai).
+
+Two defaults of OpenVINO are never left to it. Its CPU plugin computes in bf16 wherever the processor can, also when a
+compiled model is imported without saying otherwise, so the precision is given every time and read back. Its threads
+are pinned to the first cores, where those of a second process would be pinned too, so pinning is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime.backends.base import Session
+from lehr.runtime.errors import BundleError, MissingExtra, RunFailed
+
+try:
+    import openvino as ov
+except ModuleNotFoundError as e:
+    raise MissingExtra("openvino", "openvino") from e
+
+DEVICE = "CPU"
+# What OpenVINO raises on purpose; both are plain Python exceptions.
+FAILURES = (RuntimeError, TypeError)
+
+
+def configuration(options: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenVINO's properties from the plain values kept in ``build.json``.
+
+    Keys: ``precision`` (OpenVINO's name of an element type, such as "f32"), ``threads`` (0: one a core).
+    """
+    return {
+        "INFERENCE_PRECISION_HINT": str(options["precision"]),
+        "EXECUTION_MODE_HINT": "ACCURACY",  # no dynamic quantisation
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": int(options["threads"]),
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def precision(compiled: ov.CompiledModel) -> str:
+    """The format that a compiled model says it computes in, such as "f32"."""
+    return str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+
+
+class OpenVinoSession:
+    """A compiled model with one request, so calls must not overlap.
+
+    Args:
+        compiled: the model.
+        blob: what it was imported from, if it was: OpenVINO reads weights from there and does not keep it alive.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, blob: ov.Tensor | None = None) -> None:
+        self._request = compiled.create_infer_request()
+        self._inputs = {port.get_any_name(): port for port in compiled.inputs}
+        self._outputs = {port.get_any_name(): port for port in compiled.outputs}
+        self._blob = blob  # the last attribute, so the last to go
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        self._check(feeds)
+        try:
+            results = self._request.infer(dict(feeds), share_inputs=True)
+        except FAILURES as e:
+            raise RunFailed(f"OpenVINO failed: {e}") from e
+        return {name: np.asarray(results[port]) for name, port in self._outputs.items()}
+
+    def _check(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
+        """OpenVINO casts inputs of another type without a word, and ignores some names it does not know."""
+        if set(feeds) != set(self._inputs):
+            raise RunFailed(f"OpenVINO failed: inputs are {sorted(self._inputs)}, got {sorted(feeds)}.")
+        for name, port in self._inputs.items():
+            array, shape = feeds[name], port.get_partial_shape()
+            if array.dtype != port.get_element_type().to_dtype():
+                expected = port.get_element_type().to_dtype()
+                raise RunFailed(f"OpenVINO failed: input {name!r} is {array.dtype}, expected {expected}.")
+            if not shape.compatible(ov.PartialShape(list(array.shape))):
+                raise RunFailed(f"OpenVINO failed: input {name!r} has shape {array.shape}, expected {shape}.")
+
+
+class OpenVinoBackend:
+    """OpenVINO as an engine library."""
+
+    name = "openvino"
+
+    def version(self) -> str:
+        return str(ov.__version__).partition("-")[0]
+
+    def load(self, plan: Path, options: Mapping[str, Any]) -> Session:
+        """Load a compiled model from a mapped file, so its weights are not read twice."""
+        try:
+            blob = ov.Tensor(np.memmap(plan, dtype=np.uint8, mode="c"), shared_memory=True)
+            compiled = ov.Core().import_model(blob, DEVICE, configuration(options))
+            achieved = precision(compiled)
+        except (*FAILURES, ValueError) as e:  # ValueError: an empty file
+            raise BundleError(f"OpenVINO cannot load {plan.name}: {e} Build it again with lehr build.") from e
+        if achieved != options["precision"]:
+            raise BundleError(
+                f"OpenVINO computes {plan.name} in {achieved}, not in {options['precision']} as it was built. "
+                "Build it again with lehr build."
+            )
+        return OpenVinoSession(compiled, blob)
+
+
+BACKEND = OpenVinoBackend()

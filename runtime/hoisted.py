@@ -1,0 +1,321 @@
+"""A denoiser in three graphs, run as one: what a prompt and a schedule fix is computed once and handed to every step.
+
+Results are cached sample by sample, under the content of that sample's conditions, so any batch that is put together
+from known samples is served: classifier-free guidance with its two halves, mixed classes, a guidance schedule that
+leaves one half out, the next batch of the same prompt. Nothing is assumed about who calls.
+
+The prompt and schedule graphs run before the loop and are released before the step graph is loaded, so memory peaks
+at the larger of the two phases and not at their sum (:class:`Residency`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.runtime import engine as engines
+from lehr.runtime.backends.base import Session
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.engine import EngineRecord
+from lehr.runtime.spec import GraphSpec, ModelSpec, TensorSpec
+
+Array = npt.NDArray[Any]
+Load = Callable[[str], Session]
+
+PROMPT, SCHEDULE, STEP = "prompt", "schedule", "step"
+SHAPE_SUFFIX = ".shape"
+CACHE_BYTES = 1 << 30  # of hoisted results kept beyond the call at hand
+CHUNK_BYTES = 1 << 26  # of results made by one call of a hoisted graph
+MAX_SHARED = 8  # sizes and shared conditions remembered at a time
+
+
+class Residency(str, Enum):
+    """Which graphs stay in memory."""
+
+    PHASES = "phases"  # those of one phase at a time: before the loop, or in it
+    ALL = "all"  # all of them: what a server that changes prompts all the time wants
+
+
+def load_denoiser(bundle: Bundle, record: EngineRecord, *, residency: Residency = Residency.PHASES) -> Denoiser:
+    """The network of a bundle, run by one of its engines.
+
+    Raises:
+        IncompatibleEngine, BundleError, MissingExtra: see :func:`lehr.runtime.engine.check`.
+    """
+    for name in bundle.manifest.graphs:
+        engines.check(bundle, record, name)
+    signatures = {name: graph.signature for name, graph in bundle.manifest.graphs.items()}
+    return hoisted_denoiser(
+        bundle.manifest.model, signatures, lambda name: engines.load(bundle, record, name), residency=residency
+    )
+
+
+def hoisted_denoiser(
+    spec: ModelSpec, graphs: Mapping[str, GraphSpec], load: Load, *, residency: Residency = Residency.PHASES
+) -> Denoiser:
+    """The network whose graphs ``load`` loads by name: one graph, or the parts it was split into."""
+    if set(graphs) == {STEP}:
+        return Denoiser(spec, load(STEP).run)
+    network = HoistedNetwork(spec, graphs, load, residency=residency)
+    return Denoiser(spec, network, hoisted=network)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What all samples of one call share: a sample's sizes, and what was computed from those and shared conditions."""
+
+    sizes: tuple[int, ...]
+    tensors: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """One sample's conditions, by content; ``shared`` is the digest of what it shares."""
+
+    shared: bytes
+    row: bytes
+
+
+class HoistedNetwork:
+    """Feeds in, outputs out, as an unsplit engine would return them.
+
+    Args:
+        spec: the denoiser's.
+        graphs: signatures of "step" and of "prompt" and "schedule" as far as they exist.
+        load: the session of a graph by name.
+        residency: which graphs stay in memory.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        graphs: Mapping[str, GraphSpec],
+        load: Load,
+        *,
+        residency: Residency = Residency.PHASES,
+    ) -> None:
+        self._spec, self._graphs, self._load, self._residency = spec, dict(graphs), load, residency
+        self._sessions: dict[str, Session] = {}
+        self._hoisted = {
+            tensor.name: tensor for name in (PROMPT, SCHEDULE) if name in graphs for tensor in graphs[name].outputs
+        }
+        self._of_prompt = [t for t in graphs[PROMPT].outputs if t.batched] if PROMPT in graphs else []
+        self._of_schedule = list(graphs[SCHEDULE].outputs) if SCHEDULE in graphs else []
+        taken = {tensor.name for tensor in graphs[SCHEDULE].inputs} if SCHEDULE in graphs else set()
+        conditions = {tensor.name for tensor in spec.conditions if tensor.batched}
+        # A schedule that no condition enters is computed once for all samples.
+        self._schedule_is_shared = not taken & (conditions | {tensor.name for tensor in self._of_prompt})
+        self._timesteps: tuple[float, ...] = ()
+        self._shared: OrderedDict[bytes, _Shared] = OrderedDict()
+        self._prompts: OrderedDict[_Key, tuple[Array, ...]] = OrderedDict()
+        self._schedules: OrderedDict[tuple[_Key | bytes, float], tuple[Array, ...]] = OrderedDict()
+        self._bytes = 0
+        self._last: tuple[dict[str, Array], tuple[int, ...], tuple[_Key, ...]] | None = None
+        self._assembled: tuple[tuple[_Key, ...], dict[str, Array]] | None = None
+
+    # ------------------------------------------------------------------------------------------------ calling
+
+    def announce(self, timesteps: Iterable[float]) -> None:
+        """Say which timesteps will come, so that whoever is met first is prepared for all of them at once."""
+        kind = self._spec.timestep.dtype.numpy.type
+        self._timesteps = tuple(dict.fromkeys(float(kind(t)) for t in timesteps))
+
+    def prepare(self, sample_sizes: Sequence[int], conditions: Sequence[Mapping[str, Array]]) -> None:
+        """Compute what the announced timesteps need for samples that will come.
+
+        Args:
+            sample_sizes: a sample's shape without the batch.
+            conditions: sets of conditions by name, each with any number of samples.
+        """
+        for given in conditions:
+            batch = next((len(given[t.name]) for t in self._spec.conditions if t.batched), 1)
+            self._rows(given, (batch, *sample_sizes))
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Evaluate; ``feeds`` holds every input of the spec by name."""
+        handed = self.step_feeds(feeds)  # first: it may need the graphs that make room for the step graph
+        return self._session(STEP).run(handed)
+
+    def step_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """What the step graph takes for ``feeds``."""
+        sample = feeds[self._spec.sample.name]
+        conditions = {tensor.name: feeds[tensor.name] for tensor in self._spec.conditions}
+        timesteps = [float(t) for t in feeds[self._spec.timestep.name]]
+        keys = self._rows(conditions, sample.shape, timesteps)
+        handed: dict[str, Array] = {}
+        if self._of_schedule:
+            rows = [self._schedules[self._schedule_key(key), t] for key, t in zip(keys, timesteps, strict=True)]
+            handed.update(_stacked(self._of_schedule, rows))
+        handed.update(self._prompt_tensors(keys))
+        handed.update(self._shared[keys[0].shared].tensors)
+        return {t.name: handed.get(t.name, feeds.get(t.name)) for t in self._graphs[STEP].inputs}  # type: ignore[misc]
+
+    def _prompt_tensors(self, keys: tuple[_Key, ...]) -> dict[str, Array]:
+        if self._assembled is None or self._assembled[0] != keys:
+            self._assembled = keys, _stacked(self._of_prompt, [self._prompts[key] for key in keys])
+        return self._assembled[1]
+
+    # ------------------------------------------------------------------------------------------------ who is who
+
+    def _rows(
+        self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...], timesteps: Sequence[float] = ()
+    ) -> tuple[_Key, ...]:
+        """Keys of a batch's samples, everything that they need computed."""
+        keys = self._keys(conditions, sample_shape)
+        new = [(k, key) for k, key in enumerate(keys) if key not in self._prompts]
+        if new:
+            first = {key: k for k, key in reversed(new)}
+            self._compute_prompts(list(first), conditions, list(first.values()))
+        wanted = dict.fromkeys((*self._timesteps, *timesteps))
+        missing = {
+            (self._schedule_key(key), t): (key, k, t)
+            for k, key in enumerate(keys)
+            for t in wanted
+            if (self._schedule_key(key), t) not in self._schedules
+        }
+        if missing and self._of_schedule:
+            self._compute_schedules(missing, conditions)
+        self._evict(keys)
+        return keys
+
+    def _keys(self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...]) -> tuple[_Key, ...]:
+        if self._last is not None:
+            known, shape, keys = self._last
+            if shape == sample_shape and all(np.array_equal(known[name], value) for name, value in conditions.items()):
+                return keys
+        batched = [tensor.name for tensor in self._spec.conditions if tensor.batched]
+        shared = {name: value for name, value in conditions.items() if name not in batched}
+        sizes = sample_shape[1:]
+        about = repr(
+            (sizes, [(n, conditions[n].shape[1:]) for n in batched], [(n, v.shape) for n, v in shared.items()])
+        )
+        digest = hashlib.blake2b(about.encode(), digest_size=16)
+        for value in shared.values():
+            digest.update(value.tobytes())
+        common = digest.digest()
+        if common not in self._shared:
+            self._shared[common] = _Shared(sizes)
+            while len(self._shared) > MAX_SHARED:
+                self._forget(self._shared.popitem(last=False)[0])
+        keys = tuple(_Key(common, _digest(conditions, batched, k)) for k in range(sample_shape[0]))
+        # Copies, so that a caller who changes an array in place is noticed.
+        self._last = {name: np.array(value) for name, value in conditions.items()}, sample_shape, keys
+        return keys
+
+    def _schedule_key(self, key: _Key) -> _Key | bytes:
+        return key.shared if self._schedule_is_shared else key
+
+    # ------------------------------------------------------------------------------------------------ computing
+
+    def _compute_prompts(self, keys: Sequence[_Key], conditions: Mapping[str, Array], rows: Sequence[int]) -> None:
+        shared = self._shared[keys[0].shared]
+        if PROMPT not in self._graphs or (shared.tensors and not self._of_prompt):
+            self._prompts.update(dict.fromkeys(keys, ()))
+            return
+        graph = self._graphs[PROMPT]
+        size = 0
+        for start, stop in _chunks(len(keys), lambda: size):
+            feeds = self._feeds(graph, conditions, rows[start:stop], shared)
+            made = self._session(PROMPT).run(feeds)
+            shared.tensors.update({t.name: made[t.name] for t in graph.outputs if not t.batched})
+            tensors = [made[tensor.name] for tensor in self._of_prompt]
+            for k, key in enumerate(keys[start:stop]):
+                self._prompts[key] = tuple(np.array(tensor[k]) for tensor in tensors)
+            size = sum(tensor.nbytes for tensor in tensors) // (stop - start)
+            self._bytes += sum(tensor.nbytes for tensor in tensors)
+
+    def _compute_schedules(
+        self, missing: Mapping[tuple[_Key | bytes, float], tuple[_Key, int, float]], conditions: Mapping[str, Array]
+    ) -> None:
+        graph, wanted = self._graphs[SCHEDULE], list(missing)
+        shared = self._shared[missing[wanted[0]][0].shared]
+        size = 0
+        for start, stop in _chunks(len(wanted), lambda: size):
+            part = [missing[want] for want in wanted[start:stop]]
+            feeds = self._feeds(graph, conditions, [k for _, k, _ in part], shared)
+            feeds.update(_stacked(self._of_prompt, [self._prompts[key] for key, _, _ in part]))
+            feeds.update(shared.tensors)
+            timestep = self._spec.timestep
+            feeds[timestep.name] = np.array([t for _, _, t in part], dtype=timestep.dtype.numpy)
+            made = self._session(SCHEDULE).run({tensor.name: feeds[tensor.name] for tensor in graph.inputs})
+            tensors = [made[tensor.name] for tensor in self._of_schedule]
+            for k, want in enumerate(wanted[start:stop]):
+                self._schedules[want] = tuple(np.array(tensor[k]) for tensor in tensors)
+            size = sum(tensor.nbytes for tensor in tensors) // (stop - start)
+            self._bytes += sum(tensor.nbytes for tensor in tensors)
+
+    def _feeds(
+        self, graph: GraphSpec, conditions: Mapping[str, Array], rows: Sequence[int], shared: _Shared
+    ) -> dict[str, Array]:
+        """Feeds of a hoisted graph for some samples of a batch; what other graphs make is left to the caller."""
+        declared = {tensor.name: tensor for tensor in self._spec.conditions}
+        feeds: dict[str, Array] = {}
+        for tensor in graph.inputs:
+            if tensor.name in declared:
+                value = conditions[tensor.name]
+                feeds[tensor.name] = value[list(rows)] if tensor.batched else value
+            elif tensor.name == self._spec.sample.name + SHAPE_SUFFIX:
+                feeds[tensor.name] = np.array([len(rows), *shared.sizes], dtype=np.int64)
+        return feeds
+
+    def _session(self, name: str) -> Session:
+        if name not in self._sessions:
+            if self._residency is Residency.PHASES:
+                self._release(keep=(STEP,) if name == STEP else (PROMPT, SCHEDULE))
+            self._sessions[name] = self._load(name)
+        return self._sessions[name]
+
+    def _release(self, keep: Sequence[str]) -> None:
+        for name in [name for name in self._sessions if name not in keep]:
+            del self._sessions[name]
+
+    def _evict(self, needed: Sequence[_Key]) -> None:
+        """Forget the oldest samples beyond the limit, none that the call at hand needs."""
+        kept = set(needed)
+        for key in [key for key in self._prompts if key not in kept]:
+            if self._bytes <= CACHE_BYTES:
+                return
+            self._forget(key)
+
+    def _forget(self, owner: _Key | bytes) -> None:
+        """Drop what belongs to one sample, or to everything that shares a context."""
+
+        def belongs(key: _Key | bytes) -> bool:
+            return owner in (key, getattr(key, "shared", None))
+
+        for key in [key for key in self._prompts if belongs(key)]:
+            self._bytes -= sum(tensor.nbytes for tensor in self._prompts.pop(key))
+        for want in [want for want in self._schedules if belongs(want[0])]:
+            self._bytes -= sum(tensor.nbytes for tensor in self._schedules.pop(want))
+
+
+def _digest(conditions: Mapping[str, Array], batched: Sequence[str], row: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in batched:
+        digest.update(conditions[name][row].tobytes())
+    return digest.digest()
+
+
+def _stacked(tensors: Sequence[TensorSpec], rows: Sequence[tuple[Array, ...]]) -> dict[str, Array]:
+    """One array a tensor, a row a sample; without a copy for a single sample."""
+    if len(rows) == 1:
+        return {tensor.name: rows[0][k][None] for k, tensor in enumerate(tensors)}
+    return {tensor.name: np.stack([row[k] for row in rows]) for k, tensor in enumerate(tensors)}
+
+
+def _chunks(count: int, row_bytes: Callable[[], int]) -> Iterator[tuple[int, int]]:
+    """Ranges of samples; the first of one sample, those after it as long as ``row_bytes()`` allows."""
+    start = 0
+    while start < count:
+        size = row_bytes()
+        length = 1 if not size else max(1, CHUNK_BYTES // size)
+        yield start, min(start + length, count)
+        start = min(start + length, count)
