@@ -149,6 +149,9 @@ def draw_trajectories(shown: int = 16, counted: int = 4000) -> None:
 # -------------------------------------------------------------------------------------------------------- quality
 
 
+WORST = 120  # what is farther away is no picture of a digit
+
+
 def draw_quality() -> None:
     """Fréchet distance against evaluations, one panel a model and kind of sampler."""
     models = json.loads((RESULTS / "sampler_quality.json").read_text())["models"]
@@ -169,6 +172,8 @@ def _draw_panel(axis: Axes, model: str, entry: dict[str, Any], stochastic: bool)
     for k, name in enumerate(names):
         points = sorted((cell["evaluations"], cell["frechet_distance"]) for cell in cells if cell["sampler"] == name)
         label = " = ".join([name, *twins.get(name, [])])
+        if all(distance > WORST for _, distance in points):
+            label += f" (above {WORST})"
         style = {"color": f"C{k % 10}", "ls": "-" if k < 10 else "--", "marker": "o" if k < 10 else "s"}
         axis.plot(*zip(*points, strict=True), label=label, lw=1.2, ms=3, **style)
     real = entry["frechet_distance_of_training_pictures"]
@@ -176,9 +181,12 @@ def _draw_panel(axis: Axes, model: str, entry: dict[str, Any], stochastic: bool)
     axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="Fréchet distance")
     axis.set_xticks([4, 8, 16, 32, 50], ["4", "8", "16", "32", "50"])
     axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    axis.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-    axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axis.grid(which="both", lw=0.3)
+    marks = [5, 7, 10, 15, 20, 30, 50, 100]
+    axis.set_yticks(marks, [str(mark) for mark in marks])
+    axis.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    shown = [d for d in (real, *(cell["frechet_distance"] for cell in entry["cells"])) if d <= WORST]
+    axis.set_ylim(0.92 * min(shown), 1.08 * max(shown))
+    axis.grid(lw=0.3)
     kind = "with noise" if stochastic else "without noise"
     axis.set_title(f"{model}, {kind}", fontsize=9)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -14,7 +14,7 @@ from PIL import Image
 from lehr.calibration.heat_map import draw
 from lehr.calibration.keep_high import Finding, Short, findings, keep_high, recommended
 from lehr.calibration.ranges import Ranges, measure
-from lehr.engines.graph.lowering.half import AUDIT, AUDIT_VERSION
+from lehr.engines.audit import AUDIT, AUDIT_VERSION
 from lehr.engines.target import Target
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.hoisted import STEP

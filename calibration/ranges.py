@@ -166,7 +166,7 @@ def _weight_peaks(model: ir.Model) -> dict[str, float]:
     found = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and value.dtype == ir.DataType.FLOAT and tensor.size:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point() and tensor.size:
             found[name] = float(np.abs(tensor.numpy()).max())
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lehr.engines.audit import AUDIT, audited
 from lehr.engines.builders import builder, candidates
 from lehr.engines.choose import Candidate, Measured, fastest, measure
 from lehr.engines.target import Target
@@ -19,12 +21,13 @@ from lehr.runtime.backends import backend
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
 from lehr.runtime.engine import STEP, EngineRecord, Plan, engine_folder, engine_folders
-from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, InvalidInput
+from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, InvalidInput, MissingExtra
 from lehr.runtime.hoisted import SHAPE_SUFFIX
 from lehr.runtime.host import cpu_features, host, peak_rss_mb
 from lehr.runtime.noise import batch_normal, standard_normal
-from lehr.runtime.recipe import RECIPES, Recipe
+from lehr.runtime.recipe import RECIPES, Format, Recipe
 from lehr.runtime.spec import DType, ModelSpec, TensorSpec
+from lehr.runtime.whole_loop import LOOP, WITHOUT
 
 Array = npt.NDArray[Any]
 
@@ -81,7 +84,7 @@ def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", 
             library=chosen.library,
             library_version=versions[chosen.library],
             host=host(),
-            sources=_sources(bundle),
+            sources=_sources(bundle, recipe),
             plans=chosen.plans,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_mb=round(peak_rss_mb(), 1),
@@ -95,13 +98,19 @@ def _build_all(
     bundle: Bundle, recipe: Recipe, folders: Mapping[str, Path], threads: int
 ) -> tuple[list[Candidate], dict[str, BuildFailed]]:
     """Engines by the libraries that can build one, and what stopped the others."""
-    built, failed = [], {}
-    for name, folder in folders.items():
+    built: list[Candidate] = []
+    failed: dict[str, BuildFailed] = {}
+
+    def attempt(name: str, folder: Path) -> None:
         try:
             plans = build_plans(bundle, name, recipe, folder, threads=threads)
-            built.append(Candidate(library=name, folder=folder, plans=plans))
         except BuildFailed as e:
             failed[name] = e
+        else:
+            built.append(Candidate(library=name, folder=folder, plans=plans))
+
+    for name, folder in folders.items():
+        attempt(name, folder)
     return built, failed
 
 
@@ -133,15 +142,30 @@ def build_plans(bundle: Bundle, library: str, recipe: Recipe, folder: Path, *, t
                 f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only."
             )
         bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
-        plans[name] = builder(library).build(
-            bundle.path(graph.file),
-            feeds[name],
-            folder,
-            name=name,
-            recipe=recipe if name == STEP else RECIPES["fp32"],
-            threads=threads,
-        )
+        chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".lowered-") as scratch:
+            plans[name] = builder(library).build(
+                _lowered(bundle, name, chosen, Path(scratch)),
+                feeds[name],
+                folder,
+                name=name,
+                recipe=chosen,
+                threads=threads,
+            )
     return plans
+
+
+def _lowered(bundle: Bundle, name: str, recipe: Recipe, scratch: Path) -> Path:
+    """A graph in the recipe's format: itself where the library converts it, else one of its own in ``scratch``."""
+    graph = bundle.path(bundle.manifest.graphs[name].file)
+    if recipe.arithmetic is not Format.FP16:
+        return graph
+    try:
+        from lehr.engines.graph.lowering.half import write_half
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or "onnx_ir", "export") from e
+    copied = bundle.path(bundle.manifest.graphs[STEP].file) if name != STEP else None
+    return write_half(graph, scratch, keep_high=audited(bundle, recipe.name), copied=copied)
 
 
 def example_inputs(spec: ModelSpec) -> dict[str, Array]:
@@ -161,6 +185,7 @@ def example_feeds(bundle: Bundle) -> dict[str, dict[str, Array]]:
     sizes = spec.default_sizes(batch=EXAMPLE_BATCH)
     known = example_inputs(spec)
     known[spec.sample.name + SHAPE_SUFFIX] = np.array(known[spec.sample.name].shape)
+    known |= {name + WITHOUT: value for name, value in known.items()}  # a whole loop's second half of guidance
     return {
         name: {
             tensor.name: known[tensor.name] if tensor.name in known else _handed_over(tensor, sizes)
@@ -178,7 +203,9 @@ def _handed_over(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
     return np.ones(shape, dtype=tensor.dtype.numpy)
 
 
-def _sources(bundle: Bundle) -> dict[str, str]:
-    """SHA-256 of every graph and weights file, as the manifest has it."""
+def _sources(bundle: Bundle, recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of every graph and weights file, and of the audit that lowering reads, as the manifest has it."""
     names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
+    if recipe.arithmetic is Format.FP16:
+        names.add(AUDIT)
     return {name: bundle.manifest.files[name].sha256 for name in sorted(names)}

@@ -58,7 +58,6 @@ class Builder(Protocol):
 
         Raises:
             MissingExtra: the library is not installed.
-            InvalidInput: this machine has no hardware for the recipe.
             BuildFailed: the library refuses the graph, or falls back to another format without saying so.
         """
 
@@ -68,6 +67,11 @@ def builder(library: str) -> Builder:
     if library not in _MODULES:
         raise UnknownName("builder for engine library", library, _MODULES)
     return cast("Builder", importlib.import_module(_MODULES[library]))
+
+
+def fitting(target: Target, recipe: Recipe) -> tuple[str, ...]:
+    """The engine libraries of a target that execute the recipe's arithmetic, installed or not, best first."""
+    return tuple(name for name in target.libraries if recipe.arithmetic in builder(name).FORMATS)
 
 
 def candidates(target: Target, recipe: Recipe, library: str = "auto") -> tuple[str, ...]:
@@ -80,20 +84,20 @@ def candidates(target: Target, recipe: Recipe, library: str = "auto") -> tuple[s
         UnknownName: the target has no such library.
         InvalidInput: the library, or every one of the target, lacks the format; the message has the nearest choice.
     """
-    fitting = tuple(name for name in target.libraries if recipe.arithmetic in builder(name).FORMATS)
+    able = fitting(target, recipe)
     if library != "auto":
         if library not in target.libraries:
             raise UnknownName(f"engine library for target {target.name!r}", library, target.libraries)
-        if library in fitting:
+        if library in able:
             return (library,)
-    if not fitting or library != "auto":
+    if not able or library != "auto":
         asked = target.libraries if library == "auto" else (library,)
         why = "; ".join(
             builder(n).REFUSES.get(recipe.arithmetic, f"{n} has no {recipe.arithmetic.value}") for n in asked
         )
-        way = f"use --library {fitting[0]}" if fitting else f"choose a recipe in {_formats(target)}"
+        way = f"use --library {able[0]}" if able else f"choose a recipe in {_formats(target)}"
         raise InvalidInput(f"recipe {recipe.name!r} cannot be built: {why}; {way}.")
-    return tuple(name for name in fitting if _installed(name)) or fitting[:1]
+    return tuple(name for name in able if _installed(name)) or able[:1]
 
 
 def _formats(target: Target) -> str:

@@ -95,13 +95,19 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
     errors: dict[str, float | None] = {}
     refused: dict[str, str] = {}
     running: dict[str, Denoiser] = {}
-    for candidate in candidates:
+
+    def judge(candidate: Candidate) -> None:
         try:
             denoiser = _open(bundle, candidate)
+            _evaluate(denoiser, feeds)
             errors[candidate.library] = None if golden is None else max(step_errors(denoiser, golden))
-            running[candidate.library] = denoiser
         except (RunFailed, BundleError) as e:
             refused[candidate.library] = str(e)
+        else:
+            running[candidate.library] = denoiser
+
+    for candidate in candidates:
+        judge(candidate)
     times = _interleaved(running, feeds)
     return [
         Measured(

@@ -17,7 +17,7 @@ from lehr.runtime.recipe import Format, Recipe
 
 Array = npt.NDArray[Any]
 
-FORMATS = frozenset({Format.FP32})
+FORMATS = frozenset({Format.FP32, Format.FP16})  # fp16 by casts to float32 around most operators
 REFUSES = {Format.BF16: "ONNX Runtime's CPU provider has no bf16 MatMul or Conv"}
 EMBED_BELOW = 1024  # bytes; larger constants go to one external file, since protobuf ends at 2 GB
 
@@ -37,7 +37,7 @@ def build(
     import onnxruntime as ort  # isort: skip
 
     if recipe.arithmetic not in FORMATS:
-        raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it computes in fp32.")
+        raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it computes in fp32 and fp16.")
     options = {"intra_op_threads": threads, "spinning": False}
     plan = folder / f"{name}.onnx"
     made = session_options(options)

@@ -80,11 +80,13 @@ class _Sizes:
 # ------------------------------------------------------------------------------------------------- rewrites
 
 
-def _reshape(node: Node, sizes: _Sizes) -> None:
+def _reshape(node: Node, _: _Sizes) -> None:
     source, target = _arguments(node, "self", "shape")
     result = node.meta["val"].shape
-    made = [size if isinstance(size, int) and asked == -1 else asked for size, asked in zip(result, target, strict=True)]
-    _become(node, aten.view.default, source, made)
+    made = [
+        size if isinstance(size, int) and asked == -1 else asked for size, asked in zip(result, target, strict=True)
+    ]
+    _become(node, aten.reshape.default, source, made)
 
 
 def _flatten(node: Node, sizes: _Sizes) -> None:
@@ -94,25 +96,25 @@ def _flatten(node: Node, sizes: _Sizes) -> None:
     middle = result[start] if isinstance(result[start], int) else sizes.of(source, start) if start == end else -1
     before, after = range(start), range(end + 1, rank)
     target = [*(sizes.of(source, axis) for axis in before), middle, *(sizes.of(source, axis) for axis in after)]
-    _become(node, aten.view.default, source, target)
+    _become(node, aten.reshape.default, source, target)
 
 
 def _unflatten(node: Node, sizes: _Sizes) -> None:
     source, dim, asked = _arguments(node, "self", "dim", "sizes")
     rank, result = len(source.meta["val"].shape), node.meta["val"].shape
     dim %= rank
-    parts = [size if isinstance(size, int) else part for size, part in zip(result[dim:], asked, strict=False)]
+    parts = [known if isinstance(known, int) else size for known, size in zip(result[dim:], asked, strict=False)]
     before, after = range(dim), range(dim + 1, rank)
     target = [*(sizes.of(source, axis) for axis in before), *parts, *(sizes.of(source, axis) for axis in after)]
-    _become(node, aten.view.default, source, target)
+    _become(node, aten.reshape.default, source, target)
 
 
-def _chunk(node: Node, sizes: _Sizes) -> None:
+def _chunk(node: Node, _: _Sizes) -> None:
     source, _, dim = _arguments(node, "self", "chunks", "dim")
     _become(node, aten.split.Tensor, source, node.meta["val"][0].shape[dim], dim)
 
 
-def _convert(node: Node, sizes: _Sizes) -> None:
+def _convert(node: Node, _: _Sizes) -> None:
     (source,) = _arguments(node, "self")
     dtype = node.meta["val"].dtype
     if source.meta["val"].dtype != dtype:
@@ -121,32 +123,33 @@ def _convert(node: Node, sizes: _Sizes) -> None:
         _pass_on(node, source)
 
 
-def _contiguous(node: Node, sizes: _Sizes) -> None:
+def _contiguous(node: Node, _: _Sizes) -> None:
     _pass_on(node, *_arguments(node, "self"))  # ONNX has no strides
 
 
-def _transpose_matrix(node: Node, sizes: _Sizes) -> None:
+def _transpose_matrix(node: Node, _: _Sizes) -> None:
     _become(node, aten.transpose.int, *_arguments(node, "self"), -2, -1)
 
 
-def _subtract_from(node: Node, sizes: _Sizes) -> None:
+def _subtract_from(node: Node, _: _Sizes) -> None:
     source, other = _arguments(node, "self", "other")
     _become(node, aten.sub.Tensor, other, source)
 
 
-def _transposed_convolution(node: Node, sizes: _Sizes) -> None:
+def _transposed_convolution(node: Node, _: _Sizes) -> None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "output_padding", "groups")
     *tensors, stride, padding, dilation, output_padding, groups = _arguments(node, *names)
     _become(node, aten.convolution.default, *tensors, stride, padding, dilation, True, output_padding, groups)
 
 
-def _drop(node: Node, sizes: _Sizes) -> None:
+def _drop(node: Node, _: _Sizes) -> None:
     node.graph.erase_node(node)
 
 
 def _arguments(node: Node, *names: str) -> list[Any]:
     """The node's arguments of these names, defaults included."""
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    target: Any = node.target
+    declared = target._schema.arguments
     given = {argument.name: argument.default_value for argument in declared}
     given |= {argument.name: value for argument, value in zip(declared, node.args, strict=False)} | node.kwargs
     return [given[name] for name in names]
@@ -165,23 +168,48 @@ def _pass_on(node: Node, source: Node) -> None:
         node.graph.erase_node(node)
 
 
+# ---------------------------------------------------------------------------------------------------- where
+
+
+def _anywhere(_: Node) -> bool:
+    return True
+
+
+def _has_axes(node: Node) -> bool:
+    return _arguments(node, "self")[0].meta["val"].ndim > 0
+
+
+def _splits_a_fixed_size(node: Node) -> bool:
+    return isinstance(node.meta["val"][0].shape[_arguments(node, "dim")[0]], int)
+
+
+def _keeps_layout(node: Node) -> bool:
+    return not any(_arguments(node, "copy", "memory_format"))
+
+
+def _is_unscaled(node: Node) -> bool:
+    return _arguments(node, "alpha") == [1]
+
+
+def _is_unused(node: Node) -> bool:
+    return not node.users
+
+
 @dataclass(frozen=True, slots=True)
 class _Rewrite:
     apply: Callable[[Node, _Sizes], None]
-    applies: Callable[[Node], bool] = lambda node: True
+    applies: Callable[[Node], bool] = _anywhere
 
 
 REWRITES: dict[Any, _Rewrite] = {
     aten.reshape.default: _Rewrite(_reshape),
-    aten.flatten.using_ints: _Rewrite(_flatten, lambda node: len(node.args[0].meta["val"].shape) > 0),
+    aten.flatten.using_ints: _Rewrite(_flatten, _has_axes),
     aten.unflatten.int: _Rewrite(_unflatten),
-    aten.chunk.default: _Rewrite(
-        _chunk, lambda node: isinstance(node.meta["val"][0].shape[_arguments(node, "dim")[0]], int)
-    ),
-    aten.to.dtype: _Rewrite(_convert, lambda node: not any(_arguments(node, "copy", "memory_format"))),
+    aten.chunk.default: _Rewrite(_chunk, _splits_a_fixed_size),
+    aten.to.dtype: _Rewrite(_convert, _keeps_layout),
     aten.contiguous.default: _Rewrite(_contiguous),
     aten.mT.default: _Rewrite(_transpose_matrix),
-    aten.rsub.Scalar: _Rewrite(_subtract_from, lambda node: _arguments(node, "alpha") == [1]),
+    aten.rsub.Scalar: _Rewrite(_subtract_from, _is_unscaled),
     aten.conv_transpose2d.input: _Rewrite(_transposed_convolution),
-    aten.promote_types.default: _Rewrite(_drop, lambda node: not node.users),
+    aten.promote_types.default: _Rewrite(_drop, _is_unused),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from lehr.engines.graph.check import check_graph
 from lehr.engines.graph.cost import total_flops
 from lehr.engines.graph.split import Part, split
+from lehr.engines.graph.unroll import unroll
 from lehr.engines.graph.weights import (
     WEIGHTS_NAME,
     Storage,
@@ -25,6 +26,9 @@ from lehr.runtime.golden import Golden
 from lehr.runtime.hoisted import STEP, hoisted_denoiser
 from lehr.runtime.manifest import GraphEntry
 from lehr.runtime.parity import relative_error
+from lehr.runtime.solvers import default_sampler, solver_table
+from lehr.runtime.spec import ModelSpec
+from lehr.runtime.whole_loop import LOOP, LoopSettings
 
 FOLDER = "model"
 GRAPH_REL_ERROR = 1e-3  # portable graphs against eager, per evaluation; float32 sums in another order stay below 1e-4
@@ -37,19 +41,45 @@ class Cut(str, Enum):
     NONE = "none"
 
 
-def make_graphs(found: Source, cut: Cut, folder: Path, *, progress: Callable[[str], None]) -> dict[str, GraphEntry]:
+def loop_settings(
+    spec: ModelSpec, num_inference_steps: int, sampler: str | None, guidance_scale: float | None
+) -> LoopSettings:
+    """What a whole-loop graph is made with; what is not given is the model's default.
+
+    Raises:
+        InvalidInput: no such sampler, or steps that it cannot take.
+    """
+    name = sampler or spec.sampling.sampler or default_sampler(spec.path)
+    table = solver_table(name, spec.path, spec.prediction, num_inference_steps)
+    return LoopSettings(
+        sampler=name,
+        num_inference_steps=num_inference_steps,
+        evaluations=len(table),
+        noises=table.num_noises,
+        guidance_scale=spec.sampling.guidance_scale if guidance_scale is None else guidance_scale,
+    )
+
+
+def make_graphs(
+    found: Source, cut: Cut, folder: Path, *, loop: LoopSettings | None = None, progress: Callable[[str], None]
+) -> dict[str, GraphEntry]:
     """Trace ``found`` and write its graphs and weights into ``folder``, which is the bundle's ``model/``.
+
+    With ``loop`` a whole-loop graph is one of them.
 
     Returns:
         The graphs by name, in the order in which they run.
 
     Raises:
         ExportFailed: the module cannot be traced, or a graph is not what it should be.
-        InvalidInput: damaged or wrong weights.
+        InvalidInput: a loop that cannot be one graph; damaged or wrong weights.
         RunFailed: the disk is full.
     """
     whole = trace(found.module, found.spec)
     parts = split(whole, found.spec) if cut is Cut.RATE else {STEP: Part(model=whole, spec=found.spec.signature)}
+    if loop is not None:
+        table = solver_table(loop.sampler, found.spec.path, found.spec.prediction, loop.num_inference_steps)
+        parts[LOOP] = unroll(parts, found.spec, table, guidance_scale=loop.guidance_scale)
     models = [part.model for part in parts.values()]
     if found.weights is not None:
         progress("streaming weights")
@@ -85,7 +115,7 @@ def compare(graphs: Mapping[str, GraphEntry], bundle: Path, found: Source, golde
     options = {"intra_op_threads": 0, "spinning": False}
     denoiser = hoisted_denoiser(
         found.spec,
-        {name: graph.signature for name, graph in graphs.items()},
+        {name: graph.signature for name, graph in graphs.items() if name != LOOP},
         lambda name: BACKEND.load(bundle / graphs[name].file, options),
     )
     steps = golden.steps

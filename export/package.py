@@ -14,7 +14,7 @@ import torch
 from lehr import __version__
 from lehr.export.checkpoints.files import Pickles
 from lehr.export.golden import default_tier, record
-from lehr.export.graphs import FOLDER, Cut, compare, make_graphs
+from lehr.export.graphs import FOLDER, Cut, compare, loop_settings, make_graphs
 from lehr.export.own_scheduler import check_steps, own_tables
 from lehr.export.source import resolve
 from lehr.runtime.bundle import Bundle
@@ -28,7 +28,8 @@ from lehr.runtime.stored_tables import write as write_tables
 class Options:
     """Choices of one export; ``tier`` None picks by size.
 
-    ``steps`` are the numbers of steps at which the source's own scheduler is traced, None the model's own number.
+    ``unroll`` is the number of steps of a whole-loop graph, which ``sampler`` and ``guidance_scale`` belong to, None for
+    no such graph. ``steps`` are the numbers of steps at which the source's own scheduler is traced, None the model's own number.
     """
 
     preset: str | None = None
@@ -39,6 +40,9 @@ class Options:
     overwrite: bool = False
     pickles: Pickles = Pickles.REFUSED
     cut: Cut = Cut.RATE
+    unroll: int | None = None
+    sampler: str | None = None
+    guidance_scale: float | None = None
     steps: tuple[int, ...] | None = None
     command: tuple[str, ...] = ()
 
@@ -84,7 +88,11 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
     with Bundle.create(output, overwrite=options.overwrite) as edit:
         progress(f"tracing {found.name}: {parameters:,} parameters, {found.origin} (route: {found.route.value})")
         folder = edit.folder(FOLDER)
-        graphs = make_graphs(found, options.cut, folder, progress=progress)
+        loop = None
+        if options.unroll is not None:
+            loop = loop_settings(found.spec, options.unroll, options.sampler, options.guidance_scale)
+            loop.write(edit)
+        graphs = make_graphs(found, options.cut, folder, loop=loop, progress=progress)
         if tier is not Tier.NONE:
             module = found.runnable().float().to(options.device)
             golden = record(module, found.spec, tier, device=options.device, progress=progress)
@@ -118,6 +126,8 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
 def _check_options(output: Path, options: Options) -> None:
     if output.suffix != ".lehr":
         raise InvalidInput(f"a bundle's name ends in .lehr, got {output.name!r}.")
+    if options.unroll is None and (options.sampler is not None or options.guidance_scale is not None):
+        raise InvalidInput("--sampler and --guidance-scale say what a whole-loop graph does; give --unroll STEPS too.")
     if options.structure_only and options.tier not in (None, Tier.NONE):
         raise InvalidInput("--structure-only has no weights to run, so it goes with --golden none only.")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -13,15 +13,15 @@ from collections.abc import Callable
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
-from onnxscript.rewriter import RewritePass, RewriteRuleSet
+from onnxscript.rewriter import RewritePass, RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules import common as rules
 
 IR_VERSION = 10  # holds every type we use; onnxruntime 1.23 (Python 3.10) executes opset 23 from it
 FOLD_INPUTS, FOLD_OUTPUTS = 1 << 13, 1 << 16  # elements, of one folded node: small tables are folded, large are not
 
-# onnxscript's default rules by the operator that a match ends in, less ``slice_split_rule``, which lists the whole graph
-# anew for every node.
-_RULES: dict[str, tuple[object, ...]] = {
+# onnxscript's default rules by the operator that a match ends in, less ``slice_split_rule``, which lists the whole
+# graph anew for every node.
+_RULES: dict[str, tuple[RewriteRule, ...]] = {
     "Mul": (rules.mul_by_1_rule,),
     "Add": (rules.add_0_rule,),
     "Sub": (rules.sub_0_rule,),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import json
@@ -70,7 +71,7 @@ def trace(module: nn.Module, spec: ModelSpec, *, opset: int = DEFAULT_OPSET) -> 
     order = _argument_order(module, spec)
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     skeleton = _skeleton(module, spec, fake)
-    with _quiet():
+    with _quiet(), _collector_paused():
         program = _export(skeleton, spec, order, fake)
         _check_structure(program, spec)
         values = dict(zip(order, _values(program, program.graph_signature.user_inputs), strict=True))
@@ -161,6 +162,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A trace makes millions of objects that live to its end; Python would go through them again and again."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
 # -------------------------------------------------------------------------------------------------- the trace
 
 
@@ -197,7 +210,7 @@ def _convert(program: ExportedProgram, spec: ModelSpec, opset: int) -> ir.Model:
     def decompose(table: dict[Any, Any]) -> ExportedProgram:
         return program if decompose_locally(program, table) else whole(table)
 
-    program.run_decompositions = decompose  # type: ignore[method-assign,assignment]  # asked for it by the next line
+    program.run_decompositions = decompose  # asked for by the exporter below
     try:
         converted: Any = torch.onnx.export(
             program, dynamo=True, opset_version=opset, optimize=False, verbose=False, external_data=False

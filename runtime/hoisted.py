@@ -50,9 +50,10 @@ def load_denoiser(bundle: Bundle, record: EngineRecord, *, residency: Residency 
     Raises:
         IncompatibleEngine, BundleError, MissingExtra: see :func:`lehr.runtime.engine.check`.
     """
-    for name in bundle.manifest.graphs:
+    graphs = bundle.manifest.graphs
+    signatures = {name: graphs[name].signature for name in (PROMPT, SCHEDULE, STEP) if name in graphs}
+    for name in signatures:
         engines.check(bundle, record, name)
-    signatures = {name: graph.signature for name, graph in bundle.manifest.graphs.items()}
     return hoisted_denoiser(
         bundle.manifest.model, signatures, lambda name: engines.load(bundle, record, name), residency=residency
     )

@@ -12,6 +12,7 @@ class Format(str, Enum):
     """A number format of weights and arithmetic."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
     BF16 = "bf16"
 
 
@@ -38,6 +39,13 @@ RECIPES = {
         weights=Format.FP32,
         arithmetic=Format.FP32,
         summary="32-bit floating point throughout; the reference on CPUs",
+    ),
+    "fp16": Recipe(
+        name="fp16",
+        version=1,
+        weights=Format.FP16,
+        arithmetic=Format.FP16,
+        summary="half precision but for what lehr audit keeps in fp32; CPUs emulate it, to measure what it costs",
     ),
     "bf16": Recipe(
         name="bf16",

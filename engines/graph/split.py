@@ -231,7 +231,8 @@ class _Cutter:
         shapes = [node.outputs[0] for node in source if node.op_type == "Shape" and node.inputs[0] is self._sample]
         if self._sample not in region.handed:
             boundary.update(shapes)  # fed as "sample.shape" instead
-        graph = ir.convenience.extract(source, sorted(boundary, key=lambda value: self._order[value]), outputs)
+        ordered: list[ir.Value] = sorted(boundary, key=lambda value: self._order[value])
+        graph = ir.convenience.extract(source, ordered, outputs)
         for value in [value for value in graph.inputs if not value.uses() and not value.is_graph_output()]:
             graph.inputs.remove(value)
         # The extraction gathers initialisers in a set; the file's bytes must not depend on addresses.

@@ -11,7 +11,7 @@ E embedding channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -46,6 +46,8 @@ class Params:
         middle_depth: the same for the middle.
         num_head_channels: size of an attention head; None is ``num_heads`` heads at every level.
         guidance_dim: size of the guidance embedding ``timestep_cond`` of a consistency model; None has none.
+        in_channels: those of the sample, as many as ``out_channels``, and behind them those of ``sample_cond``: an
+            inpainting model's mask and masked latents (1 + 4), an editing model's source (4), a depth map (1).
     """
 
     in_channels: int = 4
@@ -62,6 +64,8 @@ class Params:
     guidance_dim: int | None = None
 
     def __post_init__(self) -> None:
+        if self.in_channels < self.out_channels:
+            raise ValueError(f"in_channels {self.in_channels} must hold the sample's {self.out_channels} channels")
         if len(self.transformer_depth) != len(self.channel_mult):
             raise ValueError(
                 f"transformer_depth {self.transformer_depth} needs one number a level, as channel_mult "
@@ -78,6 +82,11 @@ class Params:
     def heads(self, channels: int) -> int:
         """Attention heads of a layer of ``channels``."""
         return channels // self.num_head_channels if self.num_head_channels else self.num_heads
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of ``sample_cond``; 0 for models without."""
+        return self.in_channels - self.out_channels
 
     @property
     def embedding(self) -> int:
@@ -302,9 +311,9 @@ class LatentUNet(nn.Module):
         fixed = sinusoidal_embedding(timestep, self.params.model_channels).to(first.weight.dtype)
         return self.time_embed(fixed if timestep_cond is None else fixed + self.cond_proj(timestep_cond))
 
-    def denoise(self, sample: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """The U itself, once all that conditions it is an embedding (B, E) and a context (B, S, D)."""
-        x, skips = sample, []
+    def denoise(self, sample: Tensor, emb: Tensor, context: Tensor, sample_cond: Tensor | None) -> Tensor:
+        """The U itself, once all else that conditions it is an embedding (B, E) and a context (B, S, D)."""
+        x, skips = sample if sample_cond is None else torch.cat([sample, sample_cond], dim=1), []
         for block in self.input_blocks:
             x = block(x, emb, context)
             skips.append(x)
@@ -314,20 +323,26 @@ class LatentUNet(nn.Module):
         return self.out(x)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        sample_cond: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
         Args:
-            sample: (B, in_channels, H, W) x_t; H and W multiples of ``params.size_multiple``.
+            sample: (B, out_channels, H, W) x_t; H and W multiples of ``params.size_multiple``.
             timestep: (B,) float, 0 … 999.
             encoder_hidden_states: (B, S, context_dim), the text encoder's tokens.
             timestep_cond: (B, guidance_dim) embedding of the guidance scale, exactly for models that have one.
+            sample_cond: (B, condition_channels, H, W) what is joined to the sample, exactly for models that have it.
 
         Returns:
             (B, out_channels, H, W).
         """
-        return self.denoise(sample, self.embed(timestep, timestep_cond), encoder_hidden_states)
+        return self.denoise(sample, self.embed(timestep, timestep_cond), encoder_hidden_states, sample_cond)
 
 
 # ------------------------------------------------------------------------------------------------- presets
@@ -338,9 +353,13 @@ TOKENS = Dim(name="tokens", default=77, max=4 * 77)  # CLIP's 77; prompt weighti
 def conditions(p: Params) -> tuple[TensorSpec, ...]:
     """What every latent U-Net is conditioned on beside the timestep."""
     text = TensorSpec(name="encoder_hidden_states", shape=("batch", TOKENS.name, p.context_dim), varies=Varies.PROMPT)
-    if p.guidance_dim is None:
-        return (text,)
-    return text, TensorSpec(name="timestep_cond", shape=("batch", p.guidance_dim), varies=Varies.PROMPT)
+    found = [text]
+    if p.guidance_dim is not None:
+        found.append(TensorSpec(name="timestep_cond", shape=("batch", p.guidance_dim), varies=Varies.PROMPT))
+    if p.condition_channels:
+        shape = ("batch", p.condition_channels, "height", "width")
+        found.append(TensorSpec(name="sample_cond", shape=shape, varies=Varies.PROMPT))
+    return tuple(found)
 
 
 def spec(name: str, p: Params, *, size: int, path: Path, prediction: Prediction) -> ModelSpec:
@@ -350,7 +369,7 @@ def spec(name: str, p: Params, *, size: int, path: Path, prediction: Prediction)
         name=name,
         family="latent_unet",
         inputs=(
-            TensorSpec(name="sample", shape=("batch", p.in_channels, "height", "width"), varies=Varies.SAMPLE),
+            TensorSpec(name="sample", shape=("batch", p.out_channels, "height", "width"), varies=Varies.SAMPLE),
             TensorSpec(name="timestep", shape=("batch",), varies=Varies.TIMESTEP),
             *conditions(p),
         ),
@@ -372,5 +391,7 @@ PRESETS = {
     "sd-1.5": _preset("sd-1.5", Params(), size=64, prediction=EPSILON),
     "sd-2.1-base": _preset("sd-2.1-base", _SD_2, size=64, prediction=EPSILON),
     "sd-2.1": _preset("sd-2.1", _SD_2, size=96, prediction=V_PREDICTION),
+    "sd-1.5-inpainting": _preset("sd-1.5-inpainting", Params(in_channels=9), size=64, prediction=EPSILON),
+    "sd-2-inpainting": _preset("sd-2-inpainting", replace(_SD_2, in_channels=9), size=64, prediction=EPSILON),
     "lcm-sd-1.5": _preset("lcm-sd-1.5", Params(guidance_dim=256), size=64, prediction=EPSILON),
 }

@@ -75,23 +75,25 @@ class SDXL(LatentUNet):
         text_embeds: Tensor,
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
+        sample_cond: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
         Args:
-            sample: (B, in_channels, H, W) x_t; H and W multiples of ``params.size_multiple``.
+            sample: (B, out_channels, H, W) x_t; H and W multiples of ``params.size_multiple``.
             timestep: (B,) float, 0 … 999.
             encoder_hidden_states: (B, S, context_dim), both text encoders' tokens, joined along the channels.
             text_embeds: (B, pooled_dim), the pooled embedding of the second text encoder.
             time_ids: (B, T) pixels: original height and width, crop top and left, and for the base model the
                 target height and width, for the refiner an aesthetic score.
             timestep_cond: (B, guidance_dim) embedding of the guidance scale, exactly for models that have one.
+            sample_cond: (B, condition_channels, H, W) what is joined to the sample, exactly for models that have it.
 
         Returns:
             (B, out_channels, H, W).
         """
         emb = self.embed(timestep, timestep_cond) + self.embed_pooled(text_embeds, time_ids)
-        return self.denoise(sample, emb, encoder_hidden_states)
+        return self.denoise(sample, emb, encoder_hidden_states, sample_cond)
 
 
 # ------------------------------------------------------------------------------------------------- presets
@@ -100,17 +102,17 @@ class SDXL(LatentUNet):
 def spec(name: str, p: Params, *, size: int, path: Path, prediction: Prediction) -> ModelSpec:
     """Inputs, outputs and conventions of an SDXL model trained at ``size`` x ``size`` latents."""
     side = {"default": size, "min": p.size_multiple, "max": 2 * size, "multiple": p.size_multiple}
-    text, *guidance = conditions(p)
+    text, *others = conditions(p)
     return ModelSpec(
         name=name,
         family="sdxl",
         inputs=(
-            TensorSpec(name="sample", shape=("batch", p.in_channels, "height", "width"), varies=Varies.SAMPLE),
+            TensorSpec(name="sample", shape=("batch", p.out_channels, "height", "width"), varies=Varies.SAMPLE),
             TensorSpec(name="timestep", shape=("batch",), varies=Varies.TIMESTEP),
             text,
             TensorSpec(name="text_embeds", shape=("batch", p.pooled_dim), varies=Varies.PROMPT),
             TensorSpec(name="time_ids", shape=("batch", p.time_ids), varies=Varies.PROMPT),
-            *guidance,
+            *others,
         ),
         outputs=(TensorSpec(name="output", shape=("batch", p.out_channels, "height", "width"), varies=Varies.SAMPLE),),
         dims=(BATCH, Dim(name="height", **side), Dim(name="width", **side), TOKENS),
@@ -134,6 +136,7 @@ _REFINER = Params(
 
 PRESETS = {
     "sdxl-base": _preset("sdxl-base", Params(), size=128),
+    "sdxl-inpainting": _preset("sdxl-inpainting", Params(in_channels=9), size=128),
     "sdxl-refiner": _preset("sdxl-refiner", _REFINER, size=128),
     "sdxl-turbo": _preset("sdxl-turbo", Params(), size=64),  # 1 to 4 steps
     "sdxl-lightning": _preset("sdxl-lightning", Params(), size=128),  # the checkpoints for 2, 4 and 8 steps

@@ -183,6 +183,8 @@ def _unet_2d_condition(o: Options) -> Architecture:
         "guidance_dim": o.maybe("time_cond_proj_dim", None),
         **_heads(counts, channels, [*attended, len(levels) - 1]),
     }
+    if common["in_channels"] < common["out_channels"]:
+        raise NotOurs(f"in_channels {common['in_channels']} are fewer than the {common['out_channels']} out_channels")
     size, addition = sample_size(o), o.raw("addition_embed_type", None)
     id_dim, joined = o.maybe("addition_time_embed_dim", None), o.maybe("projection_class_embeddings_input_dim", None)
     o.finish(_LATENTS)

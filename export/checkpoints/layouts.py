@@ -14,11 +14,12 @@ from lehr.engines.graph.weights import WeightSource
 from lehr.export.backbones import families, preset, presets
 from lehr.export.backbones.preset import Preset
 from lehr.export.checkpoints.mapped import Fit, Layout, MappedSource, Shape, fit, shapes
-from lehr.export.checkpoints.rules import origin
+from lehr.export.checkpoints.rules import Origin, origin
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.spec import ModelSpec
 
 ORIGINAL, DIFFUSERS, OWN = "original", "diffusers", "lehr"
+WHOLE_PIPELINE = "model.diffusion_model."  # what files with several parts of a pipeline put before a denoiser's names
 
 
 def layouts(family: str, params: Any) -> tuple[Layout, ...]:
@@ -61,34 +62,49 @@ def recognise(source: WeightSource, name: str | None) -> Recognised:
             that compute different things.
         UnknownName: ``name`` is no preset.
     """
+    views = _views(source)
     if name is not None:
         chosen = preset(name)
-        layout, found = min(_fits(source, name, chosen), key=lambda pair: pair[1].problems)
+        closest = min(
+            ((view, *pair) for view in views for pair in _fits(view, name, chosen)), key=lambda entry: entry[2].problems
+        )
+        view, layout, found = closest
         if found.problems:
             raise InvalidInput(
                 f"{source} does not hold the weights of preset {name!r} in the {layout.name} layout. {found}. "
                 "Check that weights and architecture belong together."
             )
-        return Recognised(preset=chosen, layout=layout, source=MappedSource(source, found.origins))
+        return Recognised(preset=chosen, layout=layout, source=MappedSource(view, found.origins))
     tried = [
-        (candidate, *pair)
+        (candidate, view, *pair)
         for candidate, chosen in presets().items()
-        if _marked(source, chosen.spec.family, chosen.params)
-        for pair in _fits(source, candidate, chosen)
+        for view in views
+        if _marked(view, chosen.spec.family, chosen.params)
+        for pair in _fits(view, candidate, chosen)
     ]
-    fitting = [(candidate, layout, found) for candidate, layout, found in tried if not found.problems]
+    fitting = [entry for entry in tried if not entry[3].problems]
     if not fitting:
-        raise InvalidInput(_unrecognised(source, tried))
-    first, layout, found = fitting[0]
-    names = tuple(dict.fromkeys(candidate for candidate, _, _ in fitting))
+        raise InvalidInput(_unrecognised(source, [(candidate, layout, found) for candidate, _, layout, found in tried]))
+    first, view, layout, found = fitting[0]
+    names = tuple(dict.fromkeys(entry[0] for entry in fitting))
     if any(meaning(presets()[other].spec) != meaning(presets()[first].spec) for other in names):
         raise InvalidInput(
             f"{source} fits several presets, whose tensors have the same names and shapes: {', '.join(names)}. "
             "They compute different things; say which it is with --preset."
         )
     return Recognised(
-        preset=presets()[first], layout=layout, source=MappedSource(source, found.origins), others=names[1:]
+        preset=presets()[first], layout=layout, source=MappedSource(view, found.origins), others=names[1:]
     )
+
+
+def _views(source: WeightSource) -> tuple[WeightSource, ...]:
+    """The file as it is and, where it holds a whole pipeline, its denoiser alone."""
+    inside = {
+        name.removeprefix(WHOLE_PIPELINE): Origin(parts=((name,),))
+        for name in source.names()
+        if name.startswith(WHOLE_PIPELINE)
+    }
+    return (source, MappedSource(source, inside)) if inside else (source,)
 
 
 def meaning(spec: ModelSpec) -> tuple[object, ...]:

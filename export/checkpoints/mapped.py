@@ -117,6 +117,8 @@ class MappedSource:
 
     def info(self, name: str) -> TensorInfo:
         found = self._origins[name]
+        if len(found.keys) == 1 and found.transform is None:
+            return self._source.info(found.keys[0])
         dtypes = [self._dtype(key) for key in found.keys]
         joined = dtypes[0]
         for dtype in dtypes[1:]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from lehr.export.schedulers.refusals import HANDLED, PLAIN, quiet, settings, step_parameters, within_step
@@ -72,11 +74,17 @@ def _check_count(
     own = timesteps if timesteps is not None else sigmas
     if own is not None and len(own) == 0:
         raise InvalidInput(f"the schedule given for {name} is empty.")
+    levels = [float(sigma) for sigma in sigmas or ()]
+    if not all(math.isfinite(sigma) and sigma >= 0 for sigma in levels) or any(
+        after >= before for before, after in itertools.pairwise(levels)
+    ):
+        raise InvalidInput(f"sigmas must be finite, not negative and strictly decreasing, got {levels}.")
     if num_inference_steps is None:
         if own is None:
             raise InvalidInput(f"how many steps? Give num_inference_steps, timesteps or sigmas for {name}.")
         return
-    if isinstance(num_inference_steps, bool) or not 1 <= num_inference_steps <= MAX_EVALUATIONS:
+    whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+    if not (whole and 1 <= num_inference_steps <= MAX_EVALUATIONS):
         raise InvalidInput(f"the number of steps must be 1 to {MAX_EVALUATIONS}, got {num_inference_steps}.")
     if own is not None and len(own) not in {num_inference_steps, num_inference_steps + 1}:
         raise InvalidInput(

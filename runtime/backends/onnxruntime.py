@@ -53,7 +53,7 @@ class OnnxRuntimeSession:
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
-        except FAILURES as e:
+        except (*FAILURES, ValueError) as e:  # ValueError: an input is missing
             raise RunFailed(f"ONNX Runtime failed: {e}") from e
 
 

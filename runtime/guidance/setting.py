@@ -83,8 +83,10 @@ class Guidance:
         """(N,) the scale at each evaluation of ``table``; ``default`` stands for a scale that is not set.
 
         Raises:
-            InvalidInput: a schedule of another length.
+            InvalidInput: a schedule of another length, or a default that is not finite.
         """
+        if not math.isfinite(default):
+            raise InvalidInput(f"the guidance scale must be finite, got {default}.")
         if self.schedule and len(self.schedule) != len(table):
             raise InvalidInput(
                 f"the guidance schedule holds {len(self.schedule)} scales, but {table.sampler} evaluates the network "

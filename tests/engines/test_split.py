@@ -15,11 +15,16 @@ import pytest
 from lehr.engines.graph import rates
 from lehr.engines.graph.cost import flops
 from lehr.engines.graph.split import split
-from lehr.runtime.errors import ExportFailed, UnknownName
+from lehr.engines.graph.unroll import unroll
+from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.errors import ExportFailed, InvalidInput, UnknownName
 from lehr.runtime.hoisted import hoisted_denoiser
 from lehr.runtime.paths import VP
+from lehr.runtime.pipeline import Pipeline, Request
 from lehr.runtime.prediction import Prediction, PredictionKind
+from lehr.runtime.solvers import solver_table
 from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, TensorSpec, Varies
+from lehr.runtime.whole_loop import LoopSettings, WholeLoop
 
 SPEC = ModelSpec(
     name="toy",
@@ -251,3 +256,89 @@ def test_products_are_counted_exactly():
     assert counted["mod0"] == 2 * 3 * 32 * 4
     assert counted["turned"] == 0
     assert counted["hidden"] == 3 * 4 * 256 * 256
+
+
+# ------------------------------------------------------------------------------------------ the loop written out
+
+
+def drawn_step_by_step(model: ir.Model, request: Request) -> Any:
+    return Pipeline(Denoiser(SPEC, lambda given: run(model, given)))(request)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "heun", "euler_ancestral"])
+def test_a_loop_in_one_graph_draws_what_the_loop_draws(sampler, guidance_scale):
+    model = toy()
+    for value in model.graph.initializers.values():  # small, so that a loop of four steps stays small
+        if value.name in WEIGHTS:
+            value.const_value = ir.tensor(0.1 * value.const_value.numpy(), name=value.name)
+    table = solver_table(sampler, SPEC.path, SPEC.prediction, 4)
+    part = unroll(split(model, SPEC), SPEC, table, guidance_scale=guidance_scale)
+    onnx.checker.check_model(ir.to_proto(part.model), full_check=True)
+    settings = LoopSettings(
+        sampler=sampler,
+        num_inference_steps=4,
+        evaluations=len(table),
+        noises=table.num_noises,
+        guidance_scale=guidance_scale,
+    )
+
+    class Session:
+        def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
+            assert set(given) == set(names(part.spec.inputs))
+            return run(part.model, given)
+
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((2, 3, 5, 8)).astype(np.float32)
+    request = Request(
+        num=3,
+        batch=2,
+        sampler=sampler,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        sizes={"height": 8},
+        conditions={"class_labels": np.array([1, 2, 3]), "text": texts[0]},
+        unconditional={"class_labels": np.array([9, 9, 9]), "text": texts[1]},
+    )
+    whole = WholeLoop(SPEC, Session(), settings)(request)
+    np.testing.assert_allclose(whole, drawn_step_by_step(model, request), rtol=1e-4, atol=1e-5)
+
+
+def test_a_whole_loop_refuses_what_it_was_not_made_for():
+    settings = LoopSettings(sampler="ddim", num_inference_steps=4, evaluations=4, noises=0, guidance_scale=1.0)
+    loop = WholeLoop(SPEC, None, settings)
+    for request in (
+        Request(num_inference_steps=5),
+        Request(sampler="euler"),
+        Request(guidance_scale=2.0),
+        Request(eta=0.5),
+        Request(init=np.zeros((4, 8, 8), np.float32)),
+    ):
+        with pytest.raises(InvalidInput, match="whole-loop graph"):
+            loop(request)
+
+
+def test_a_loop_that_cannot_be_one_graph_is_refused():
+    parts = split(toy(), SPEC)
+    with pytest.raises(InvalidInput, match="at most 16"):
+        unroll(parts, SPEC, solver_table("ddim", SPEC.path, SPEC.prediction, 17))
+    table = solver_table("ddim", SPEC.path, SPEC.prediction, 4)
+    none = Placeholder(table)
+    with pytest.raises(InvalidInput, match="no recurrence"):
+        unroll(parts, SPEC, none)
+
+
+class Placeholder:
+    """A table without a recurrence."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def recurrence(self) -> None:
+        return None

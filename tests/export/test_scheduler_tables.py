@@ -190,6 +190,7 @@ def test_a_scheduler_of_unknown_kind_is_refused() -> None:
         ({}, "how many steps"),
         ({"num_inference_steps": 0}, "must be 1 to"),
         ({"num_inference_steps": -3}, "must be 1 to"),
+        ({"num_inference_steps": 2.5}, "must be 1 to"),
         ({"num_inference_steps": 2000}, "cannot be larger"),
         ({"num_inference_steps": 5, "timesteps": [900, 500]}, "has 2 entries"),
         ({"timesteps": []}, "empty"),
@@ -220,6 +221,12 @@ def test_dynamic_shifting_needs_mu_and_computes_it() -> None:
         dynamic_shift(scheduler, 0)
     with pytest.raises(InvalidInput, match="give mu itself"):
         dynamic_shift(schedulers.DDIMScheduler(), 256)
+
+
+@pytest.mark.parametrize("sigmas", [[0.2, 0.5, 1.0], [1.0, 0.5, 0.5], [1.0, -0.5], [float("nan"), 0.5]])
+def test_sigmas_that_do_not_decrease_are_refused(sigmas: list[float]) -> None:
+    with pytest.raises(InvalidInput, match="strictly decreasing"):
+        trace_scheduler(schedulers.FlowMatchEulerDiscreteScheduler(), sigmas=sigmas)
 
 
 # ------------------------------------------------------------------------------------------------------- loading

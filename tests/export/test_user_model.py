@@ -27,7 +27,7 @@ def test_an_edm_checkpoint_becomes_an_engine_that_draws_the_classes_asked_for(tm
     monkeypatch.setenv("EDM_DIT_WEIGHTS", str(WEIGHTS))
     bundle = tmp_path / "edm.lehr"
     export(f"{EXAMPLE}:make", bundle, Options(), progress=lambda text: None)
-    record = build(bundle, target("cpu"), recipe("fp32"))
+    record = build(bundle, target("cpu"), recipe("fp32"), library="onnxruntime")
     opened = Bundle.open(bundle)
     assert opened.manifest.graphs["step"].parameters == 388_672
     verdict = verify(opened, engines.find(opened, "cpu", "fp32"))

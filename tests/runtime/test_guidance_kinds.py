@@ -372,6 +372,9 @@ def test_a_classifier_guides_an_unconditional_model_to_labels():
         (class_spec(null=None), {"guidance": Guidance(scale=3.0, interval=(0.1, 1.0))}, "no class"),
         (class_spec(), {"guidance": Guidance(interval=(0.1, 1.0))}, "scale 1 is none"),
         (class_spec(), {"guidance": Guidance(schedule=(1.0, 2.0))}, "2 scales"),
+        (class_spec(), {"guidance_scale": math.nan}, "finite"),
+        (class_spec(), {"guidance_scale": math.inf, "guidance": Guidance(rescale=0.5)}, "finite"),
+        (class_spec(), {"guidance_scale": math.nan, "guidance": Guidance(interval=(0.1, 1.0))}, "finite"),
     ],
 )
 def test_guidance_that_a_model_cannot_take_is_refused(spec, request_, says):

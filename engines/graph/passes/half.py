@@ -121,7 +121,8 @@ class _Conversion:
         """Moves take the format of what they move; moves of weights that of who reads them."""
         views = []
         for node in self.graph:
-            if node.op_type not in MOVES or node in self.high:
+            stored = node.op_type == "Cast" and id(node.inputs[0]) in self.weights
+            if (node.op_type not in MOVES and not stored) or node in self.high:
                 continue
             moved = [v for v in node.inputs if v is not None and v.dtype == _FLOAT and id(v) not in self.weights]
             if not moved:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lehr.commands._output import Progress, bundle_argument, emit, engine_options, json_option
+from lehr.commands._output import Progress, bundle_argument, emit, engine_options, json_option, table
+
+if TYPE_CHECKING:
+    from lehr.runtime.engine import EngineRecord
 
 
 @click.command("build")
 @bundle_argument
 @engine_options
-@click.option("--library", default="auto", show_default=True, help="Engine library, or auto for the target's first.")
+@click.option("--library", default="auto", show_default=True, help="Engine library; auto measures those installed.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="Of the engine; 0: one a core.")
 @json_option
 def command(bundle: Path, target: str, recipe: str, library: str, threads: int, as_json: bool) -> None:
     """Build an engine for a target into a bundle.
 
+    Where several engine libraries are installed that can build the recipe, all are tried on the golden inputs and
+    the fastest that meets parity is kept. The engine replaces those of the same target and recipe.
+
     \b
     Examples:
       lehr build d.lehr --target cpu
+      lehr build d.lehr --target cpu --recipe bf16 --library openvino
       lehr build d.lehr --target cpu --threads 4 --json
     """
     from lehr.engines import target as targets
@@ -38,11 +46,29 @@ def command(bundle: Path, target: str, recipe: str, library: str, threads: int, 
         "peak_rss_mb": record.peak_rss_mb,
         "engine": record.folder,
         "achieved_precision": dict(record.achieved_precision),
+        "candidates": [dict(row) for row in record.candidates],
     }
+    tried = ""
+    if record.candidates:
+        tried = table(("library", "step, ms", "score error", "verdict"), _rows(record)) + "\n\n"
     shares = ", ".join(f"{share:.0%} {name}" for name, share in record.achieved_precision.items())
     emit(
         as_json,
         data,
-        f"{bundle}/{record.folder}: {sum(record.operators.values())} operators, {shares}, {record.seconds:.1f} s\n"
+        f"{tried}{bundle}/{record.folder}: {sum(record.operators.values())} operators, {shares}, "
+        f"{record.seconds:.1f} s\n"
         f"Next: lehr verify {bundle} --target {target} --recipe {recipe}",
     )
+
+
+def _rows(record: EngineRecord) -> list[tuple[str, str, str, str]]:
+    """What was tried, for people."""
+    return [
+        (
+            row["library"],
+            "-" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
+            "-" if row["max_rel_error"] is None else f"{row['max_rel_error']:.1e}",
+            "kept" if row["library"] == record.library else "slower" if row["passed"] else row["reason"] or "no parity",
+        )
+        for row in record.candidates
+    ]

@@ -55,7 +55,7 @@ def command(output: Path, as_json: bool) -> None:
     bundles = _export(output, progress)
     sheets, rows, verdicts = [], [], {}
     for bundle in bundles:
-        built = _lehr(progress, "build", str(bundle), "--target", "cpu")
+        built = _lehr(progress, "build", str(bundle), "--target", "cpu", "--library", "onnxruntime")
         drawn = output / f"{bundle.stem}.npz"
         ran = _lehr(progress, "run", str(bundle), "--num", str(10 * ROWS), "--seed", str(SEED), "-o", str(drawn))
         verdict = verdicts[bundle] = _lehr(progress, "verify", str(bundle))

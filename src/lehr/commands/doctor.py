@@ -14,6 +14,7 @@ from lehr.commands._output import emit, json_option, table
 # What each part of the work needs: (distribution, extra that installs it).
 _PARTS = {
     "run, build, verify on a CPU": (("numpy", ""), ("onnxruntime", "cpu")),
+    "the same with OpenVINO": (("numpy", ""), ("openvino", "openvino")),
     "export": (
         ("torch", "export"),
         ("onnx", "export"),
@@ -30,6 +31,28 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _recipes() -> list[dict[str, Any]]:
+    """Which recipes this processor runs, and the libraries that build them for it."""
+    from lehr.engines.builders import fitting
+    from lehr.engines.target import target
+    from lehr.runtime import host
+    from lehr.runtime.errors import InvalidInput
+    from lehr.runtime.recipe import RECIPES
+
+    cpu = target("cpu")
+    rows = []
+    for recipe in RECIPES.values():
+        reason = None
+        try:
+            cpu.check(recipe)
+            cpu.check_machine(recipe, host.cpu_features())
+        except InvalidInput as e:
+            reason = str(e)
+        libraries = list(fitting(cpu, recipe))
+        rows.append({"name": recipe.name, "native": reason is None, "libraries": libraries, "reason": reason})
+    return rows
 
 
 @click.command("doctor")
@@ -53,6 +76,7 @@ def command(as_json: bool) -> None:
             missing = [*missing, "Python 3.11"]
         install = None if not missing else f"pip install 'lehr[{','.join(m for m in missing if ' ' not in m)}]'"
         parts.append({"part": part, "ready": not missing, "versions": versions, "install": install})
+    recipes = _recipes()
     data = {
         "lehr": __version__,
         "python": platform.python_version(),
@@ -61,6 +85,7 @@ def command(as_json: bool) -> None:
         "cores": host.cores(),
         "host": host.host(),
         "parts": parts,
+        "recipes": recipes,
     }
     rows = [
         (
@@ -74,5 +99,10 @@ def command(as_json: bool) -> None:
     prose = (
         f"lehr {data['lehr']}, Python {data['python']}, {data['system']}, {data['cpu']}, {data['cores']} cores\n\n"
         + table(("part", "state", "versions"), rows)
+        + "\n\n"
+        + table(
+            ("recipe", "on this processor", "libraries"),
+            [(r["name"], r["reason"] or "yes", " ".join(r["libraries"])) for r in recipes],
+        )
     )
     emit(as_json, data, prose)

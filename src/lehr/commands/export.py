@@ -30,6 +30,9 @@ from lehr.commands._output import Progress, emit, json_option
     help="Numbers of steps at which a diffusers folder's own scheduler is traced for lehr run.  [default: the model's]",
 )
 @click.option("--no-split", is_flag=True, help="One graph, not cut by how often its parts must run.")
+@click.option("--unroll", type=click.IntRange(1), metavar="N", help="Also write a loop of N steps out as one graph.")
+@click.option("--sampler", help="Of the loop that --unroll writes out.  [default: the model's]")
+@click.option("--guidance-scale", type=float, help="Of the loop that --unroll writes out.  [default: the model's]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of eager runs.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @json_option
@@ -43,6 +46,9 @@ def command(
     golden: str | None,
     steps: str | None,
     no_split: bool,
+    unroll: int | None,
+    sampler: str | None,
+    guidance_scale: float | None,
     device: str,
     overwrite: bool,
     as_json: bool,
@@ -59,6 +65,7 @@ def command(
       lehr export stable-diffusion-v1-5/unet -o sd.lehr --golden none
       lehr export stable-diffusion-v1-5 -o sd.lehr --steps 20,30,50
       lehr export my_model.py:make -o mine.lehr --golden steps
+      lehr export digits-dit -o d.lehr --unroll 4 --sampler dpmpp_2m
     """
     from lehr.runtime.errors import InvalidInput, MissingExtra
     from lehr.runtime.stored_tables import parse_steps
@@ -83,6 +90,9 @@ def command(
         overwrite=overwrite,
         pickles=Pickles.ALLOWED if allow_pickle else Pickles.REFUSED,
         cut=Cut.NONE if no_split else Cut.RATE,
+        unroll=unroll,
+        sampler=sampler,
+        guidance_scale=guidance_scale,
         steps=wanted,
         command=("lehr", "export", source),
     )

@@ -44,12 +44,15 @@ def _samplers() -> list[dict[str, Any]]:
 
 
 def _targets() -> list[dict[str, Any]]:
+    from lehr.engines.builders import fitting
     from lehr.engines.target import targets
+    from lehr.runtime.recipe import RECIPES
 
     return [
         {
             "name": t.name,
             "libraries": list(t.libraries),
+            "recipes": [r.name for r in RECIPES.values() if fitting(t, r)],
             "formats": [form.value for form in t.formats],
             "arch": list(t.arch),
             "summary": t.summary,
@@ -59,9 +62,21 @@ def _targets() -> list[dict[str, Any]]:
 
 
 def _recipes() -> list[dict[str, Any]]:
+    from lehr.engines.builders import fitting
+    from lehr.engines.target import targets
     from lehr.runtime.recipe import RECIPES
 
-    return [{"name": r.name, "version": r.version, "summary": r.summary} for r in RECIPES.values()]
+    return [
+        {
+            "name": r.name,
+            "version": r.version,
+            "weights": r.weights.value,
+            "arithmetic": r.arithmetic.value,
+            "targets": {t.name: list(found) for t in targets().values() if (found := fitting(t, r))},
+            "summary": r.summary,
+        }
+        for r in RECIPES.values()
+    ]
 
 
 _KINDS = {
@@ -74,6 +89,8 @@ _KINDS = {
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}:{','.join(items)}" for key, items in value.items())
     if isinstance(value, list):
         return " ".join(value)
     if isinstance(value, bool):

@@ -59,6 +59,7 @@ _BUNDLE = click.Path(path_type=Path)
 )
 @click.option("--mask", type=click.Path(path_type=Path), help="With --init: white (1) is redrawn, black (0) kept.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1, 512), help="Samples drawn at once.")
+@click.option("--whole-loop", is_flag=True, help="Draw with the graph that lehr export --unroll made, a call a batch.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="OUT.png or OUT.npz.")
 @json_option
 def command(
@@ -85,6 +86,7 @@ def command(
     strength: float | None,
     mask: Path | None,
     batch: int,
+    whole_loop: bool,
     output: Path,
     as_json: bool,
 ) -> None:
@@ -107,6 +109,7 @@ def command(
     from lehr.runtime.loop import Step
     from lehr.runtime.pipeline import Pipeline, Request, open_denoiser
     from lehr.runtime.stored_tables import StoredTables
+    from lehr.runtime.whole_loop import WholeLoop
 
     picture.check_output(output, (".png", ".npz"))
     if classifier_scale is not None and classifier is None:
@@ -115,14 +118,9 @@ def command(
         guidance_interval, guidance_rescale, _projection(guidance_projection, apg_parallel, apg_norm, apg_momentum)
     )
     progress = Progress()
-    denoiser = open_denoiser(bundle, target=target, recipe=recipe)
-    pipeline = Pipeline(
-        denoiser,
-        guide=None if guide is None else open_denoiser(guide, target=target, recipe=recipe),
-        classifier=None if classifier is None else open_denoiser(classifier, target=target, recipe=recipe),
-        tables=StoredTables(Bundle.open(bundle)),
-    )
-    spec = denoiser.spec
+    if whole_loop and (guide is not None or classifier is not None):
+        raise click.UsageError("--whole-loop draws with one graph; it goes without --guide and --classifier.")
+    spec = Bundle.open(bundle).manifest.model
     channels = spec.sample_shape(1)[1]
     request = Request(
         num=num,
@@ -139,16 +137,29 @@ def command(
         strength=strength,
         mask=None if mask is None else picture.load(mask, 1, (0.0, 1.0)),
     )
-    table = pipeline.table(request)
     if output.suffix.lower() == ".png":
         picture.check_channels(spec.sample_shape(1))
-    total = len(table) * -(-request.count // batch)
+    if whole_loop:
+        loop = WholeLoop.open(bundle, target=target, recipe=recipe)
+        name, evaluations = loop.settings.sampler, loop.settings.evaluations
+        started = time.monotonic()
+        samples = loop(request)
+    else:
+        pipeline = Pipeline(
+            open_denoiser(bundle, target=target, recipe=recipe),
+            guide=None if guide is None else open_denoiser(guide, target=target, recipe=recipe),
+            classifier=None if classifier is None else open_denoiser(classifier, target=target, recipe=recipe),
+            tables=StoredTables(Bundle.open(bundle)),
+        )
+        table = pipeline.table(request)
+        name, evaluations = table.sampler, len(table)
+        total = evaluations * -(-request.count // batch)
 
-    def on_step(first: int, step: Step) -> None:
-        progress.steps(first // batch * len(table) + step.index + 1, total, "step")
+        def on_step(first: int, step: Step) -> None:
+            progress.steps(first // batch * evaluations + step.index + 1, total, "step")
 
-    started = time.monotonic()
-    samples = pipeline(request, on_step=on_step)
+        started = time.monotonic()
+        samples = pipeline(request, on_step=on_step)
     seconds = time.monotonic() - started
     if output.suffix.lower() == ".png":
         picture.save_png(output, picture.grid(picture.to_bytes(samples, spec.value_range)))
@@ -157,15 +168,15 @@ def command(
     data = {
         "output": str(output),
         "shape": list(samples.shape),
-        "sampler": table.sampler,
-        "evaluations": len(table),
+        "sampler": name,
+        "evaluations": evaluations,
         "seed": seed,
         "seconds": round(seconds, 3),
     }
     emit(
         as_json,
         data,
-        f"{output}: {len(samples)} samples, {table.sampler} with {len(table)} evaluations, {seconds:.2f} s",
+        f"{output}: {len(samples)} samples, {name} with {evaluations} evaluations, {seconds:.2f} s",
     )
 
 
