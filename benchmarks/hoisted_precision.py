@@ -2,11 +2,12 @@
 
     python benchmarks/hoisted_precision.py [NAME ...]
 
-Writes benchmarks/results/hoisted_precision.json and docs/hoisted-precision.png. The reference is eager PyTorch in fp32.
-"whole" is the unsplit graph in bf16, "hoisted" the step graph in bf16 behind prompt and schedule graphs in fp32, both by
-OpenVINO; "eager" is PyTorch's own bf16 (its timestep stays float32). SQNR is 10 log10(Σ ref² / Σ (ref - x)²) of the
-network's raw output. Times are medians of interleaved evaluations at batch 2; a hoisted one has its conditions prepared,
-as in a loop. Random weights are normal with variance 1 / fan-in; the digits models are the trained ones that are shipped.
+Writes benchmarks/results/hoisted_precision.json and docs/hoisted-precision.png. The reference is eager PyTorch in
+fp32. "whole" is the unsplit graph in bf16, "hoisted" the step graph in bf16 behind prompt and schedule graphs in fp32,
+both by OpenVINO; "eager" is PyTorch's own bf16 (its timestep stays float32). SQNR is 10 log10(Σ ref² / Σ (ref - x)²) of
+the network's raw output. Times are medians of interleaved evaluations at batch 2; a hoisted one has its conditions
+prepared, as in a loop. Random weights are PyTorch's default for linear layers, uniform in ±fan_in^-1/2, also where an
+architecture starts from zero; the digits models are the trained ones that are shipped.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
 
 
 def sqnr_db(reference: Array, output: Array) -> float:
+    """Signal to noise, the difference being the noise."""
     error = output.astype(np.float64) - reference
     return float(10 * np.log10(np.sum(reference.astype(np.float64) ** 2) / np.sum(error**2)))
 
@@ -95,7 +97,8 @@ def made(name: str) -> tuple[nn.Module, ModelSpec, dict[str, int]]:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
+                bound = parameter[0].numel() ** -0.5
+                parameter.uniform_(-bound, bound)
     return module, spec, sizes
 
 
@@ -133,6 +136,7 @@ def engine(parts: dict[str, Part], spec: ModelSpec, folder: Path, sizes: dict[st
 
 
 def feeds_of(spec: ModelSpec, sizes: dict[str, int]) -> dict[str, Array]:
+    """A sample and conditions by name."""
     spec = replace(spec, dims=tuple(replace(dim, default=sizes.get(dim.name, dim.default)) for dim in spec.dims))
     sample = batch_normal(0, range(BATCH), spec.sample_shape(BATCH)[1:])
     conditions = synthetic_conditions(spec, BATCH, seed=0)
@@ -154,6 +158,7 @@ def position_ids(like: Array, name: str) -> Array:
 
 
 def measure(name: str) -> dict[str, Any]:
+    """One model's row."""
     module, spec, sizes = made(name)
     graph = trace(module, spec)
     whole = {"step": Part(model=graph, spec=spec.signature)}
@@ -201,9 +206,10 @@ def interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    import matplotlib
+    """SQNR over t, a panel a model."""
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.6), constrained_layout=True)
@@ -221,6 +227,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Measure what is named on the command line, all by default, and draw everything that is known."""
     names = sys.argv[1:] or list(MODELS)
     stored = RESULTS / f"{NAME}.json"
     known = {row["model"]: row for row in json.loads(stored.read_text())["rows"]} if stored.is_file() else {}

@@ -43,10 +43,10 @@ def instrument(model: ir.Model) -> tuple[ir.Model, list[Probe]]:
     Returns:
         The model, and what each element of the two vectors belongs to.
     """
-    owners = {node.name: node.op_type for node in model.graph}
+    owners = {node.name or "": node.op_type for node in model.graph}
     decompose_attention(model)
     graph = model.graph
-    values = [(None, value) for value in graph.inputs if value.dtype == _FLOAT]
+    values: list[tuple[ir.Node | None, ir.Value]] = [(None, value) for value in graph.inputs if value.dtype == _FLOAT]
     values += [(node, out) for node in graph for out in node.outputs if out.dtype == _FLOAT and out.name]
     probes, peaks, roots = [], [], []
     target = ir.Value(

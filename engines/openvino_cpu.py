@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 
 PRECISIONS = {Format.FP32: "f32", Format.BF16: "bf16"}
 FORMATS = frozenset(PRECISIONS)
-REFUSES: Mapping[Format, str] = {}
+REFUSES = {Format.FP16: "OpenVINO's CPU plugin computes in bf16 where a processor has no fp16, and says nothing"}
 
 # OpenVINO's names of the types that say something about precision, in the words of build.json.
 TYPES = {"f64": "double", "f32": "float", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8"}

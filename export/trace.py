@@ -83,7 +83,13 @@ def trace(module: nn.Module, spec: ModelSpec, *, opset: int = DEFAULT_OPSET) -> 
         model = _convert(program, spec, opset)
         _name_signature(model, spec, order)
         _unbind(model)
-        tidy(model, lambda text: dims.rewrite(text, symbols))
+        try:
+            tidy(model, lambda text: dims.rewrite(text, symbols))
+        except RuntimeError as e:  # onnxscript's folding, when an operator was written in a form it cannot compute
+            raise ExportFailed(
+                f"{spec.name}: the graph cannot be simplified: {str(e).rstrip('.')}. Slice with sizes of the spec's "
+                "dimensions instead of cutting one into a number of parts, or report the operator to onnxscript."
+            ) from e
     _check_operators(model, spec)
     _describe(model, module, spec)
     return model

@@ -214,3 +214,11 @@ def test_a_damaged_plan_is_refused(bundle, library):
     plan.write_bytes(bytes(data))
     with pytest.raises(BundleError, match=plan.name.replace(".", r"\.")):
         engines.load(Bundle.open(bundle), record)
+
+
+@pytest.mark.parametrize("library", target("cpu").libraries)
+def test_an_engine_of_another_version_of_its_library_is_refused_with_the_rebuild_command(bundle, library):
+    record = build(bundle, target("cpu"), recipe("fp32"), library=library)
+    other = engines.EngineRecord.from_json({**record.to_json(), "library_version": "0.1"})
+    with pytest.raises(IncompatibleEngine, match=rf"{library} is .* here and 0\.1 where .* lehr build d\.lehr"):
+        engines.load(Bundle.open(bundle), other)

@@ -38,7 +38,7 @@ from lehr.runtime.errors import InvalidInput, MissingExtra, UnknownName
 from lehr.runtime.golden import Tier
 from lehr.runtime.paths import EDM, VE, VP, BetaSchedule, LinearFlow
 from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, SCORE, V_PREDICTION
-from lehr.runtime.spec import DType, ModelSpec
+from lehr.runtime.spec import DType, ModelSpec, Varies
 
 TOLERANCE = 1e-4  # relative to the largest output, float32
 
@@ -368,6 +368,63 @@ def test_shipped_weights_are_recognised_without_a_preset() -> None:
 
     source = resolve(str(shipped_weights("digits-dit")), preset=None, seed=0, structure_only=False)
     assert source.spec.name == "digits-dit"
+
+
+@pytest.mark.parametrize("name", ["flux", "mmdit", "dit", "pixart", "sdxl"])
+def test_a_denoiser_is_found_inside_a_file_with_a_whole_pipeline(
+    name: str, written: Any, register: Any, tmp_path: Path
+) -> None:
+    folder, _ = written(name)
+    register(folder)
+    alone = from_folder(folder, name=None, pickles=Pickles.REFUSED)
+    stored = original(folder, TINY[name].family)
+    prefix = "model.diffusion_model."
+    inside = {key if key.startswith(prefix) else prefix + key: tensor for key, tensor in stored.items()}
+    others = {f"{part}.x.weight": torch.zeros(2) for part in ("vae.decoder", "text_encoders.t5xxl", "cond_stage_model")}
+    if name in ("dit", "flux", "pixart"):
+        others["vae.step"] = torch.zeros(1, dtype=torch.int64)
+    if name in ("mmdit", "sdxl"):  # published so, with parts under these names
+        others = {f"{key}.x.weight": torch.zeros(2) for key in ("first_stage_model", "conditioner", "text_encoders")}
+        others.pop("conditioner.x.weight" if name == "mmdit" else "text_encoders.x.weight")
+    save_file(inside | others, tmp_path / "all.safetensors")
+    found = resolve(str(tmp_path / "all.safetensors"), preset=None, seed=0, structure_only=False)
+    assert found.route is Route.CHECKPOINT
+    assert found.weights is not None
+    for key in alone.module.state_dict():
+        assert np.array_equal(found.weights.read(key), alone.weights.read(key))
+    named = resolve(str(tmp_path / "all.safetensors"), preset=found.spec.name, seed=0, structure_only=False)
+    assert named.origin.partition(";")[0] == found.origin.partition(";")[0]
+
+
+def test_what_is_missing_in_a_whole_pipeline_is_told_of_the_denoiser(
+    written: Any, register: Any, tmp_path: Path
+) -> None:
+    folder, _ = written("flux")
+    name = register(folder).spec.name
+    stored = {f"model.diffusion_model.{key}": tensor for key, tensor in original(folder, "flux").items()}
+    del stored["model.diffusion_model.img_in.weight"]
+    save_file(stored | {"vae.x": torch.zeros(2)}, tmp_path / "all.safetensors")
+    with pytest.raises(InvalidInput, match=r"missing \(1\): img_in\.weight\. "):
+        resolve(str(tmp_path / "all.safetensors"), preset=name, seed=0, structure_only=False)
+
+
+@pytest.mark.parametrize("name", ["latent_unet", "sdxl"])
+def test_an_inpainting_folder_samples_four_channels_and_takes_the_mask_as_a_condition(
+    name: str, tmp_path: Path
+) -> None:
+    tiny = TINY[name]
+    module = make(tiny, in_channels=9)
+    module.save_pretrained(tmp_path / "inpainting")
+    found = from_folder(tmp_path / "inpainting", name=None, pickles=Pickles.REFUSED)
+    assert found.route == "checkpoint"
+    assert found.spec.input("sample").shape[1] == 4
+    joined = found.spec.input("sample_cond")
+    assert (joined.shape, joined.varies) == (("batch", 5, "height", "width"), Varies.PROMPT)
+    source = resolve(str(tmp_path / "inpainting"), preset=None, seed=0, structure_only=False)
+    feeds = feeds_of(found.spec, height=12)
+    theirs = {name: value for name, value in feeds.items() if name != "sample_cond"}
+    theirs["sample"] = np.concatenate([feeds["sample"], feeds["sample_cond"]], axis=1)
+    assert error(eager(source.runnable(), feeds), expected(tiny, module, theirs)) <= TOLERANCE
 
 
 # --------------------------------------------------------------------------------------- shards, damaged, foreign

@@ -214,7 +214,7 @@ def latent_config(p: latent_unet.Params) -> dict[str, object]:
             model_channels=64, channel_mult=(1, 2, 1), transformer_depth=(1, 1, 0), num_heads=4, context_dim=12
         ),
         latent_unet.Params(
-            in_channels=3,
+            in_channels=8,
             out_channels=5,
             model_channels=64,
             channel_mult=(1, 2),
@@ -227,16 +227,18 @@ def latent_config(p: latent_unet.Params) -> dict[str, object]:
             guidance_dim=10,
         ),
     ],
-    ids=["as-sd-1", "as-sd-2-with-guidance"],
+    ids=["as-sd-1", "as-sd-2-with-guidance-and-joined-channels"],
 )
 def test_the_latent_unet_equals_diffusers(p: latent_unet.Params) -> None:
     oracle = randomise(diffusers.UNet2DConditionModel(**latent_config(p)), 3)
     ours = latent_unet.LatentUNet(p)
     take_weights(ours, oracle, latent_unet_map.diffusers_rules(p.num_res_blocks))
-    x, text = normal(3, p.in_channels, 8, 12), normal(3, 5, p.context_dim, seed=1)
+    joined, text = normal(3, p.in_channels, 8, 12), normal(3, 5, p.context_dim, seed=1)
     guidance = None if p.guidance_dim is None else normal(3, p.guidance_dim, seed=2)
-    expected = oracle(x, TIMESTEPS, text, timestep_cond=guidance).sample
-    assert_close(ours(x, TIMESTEPS, text, *([] if guidance is None else [guidance])), expected, EXACT)
+    expected = oracle(joined, TIMESTEPS, text, timestep_cond=guidance).sample
+    x, cond = joined.split([p.out_channels, p.condition_channels], dim=1)
+    given = {"timestep_cond": guidance, "sample_cond": cond if p.condition_channels else None}
+    assert_close(ours(x, TIMESTEPS, text, **given), expected, EXACT)
 
 
 @pytest.mark.parametrize(

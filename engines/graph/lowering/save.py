@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from lehr.engines.graph.weights import WEIGHTS_NAME, TensorInfo, save_graph, write_safetensors
@@ -21,19 +25,19 @@ def write_graph(model: ir.Model, folder: Path, name: str = "step.onnx") -> Path:
         InvalidInput: a weight that its format cannot hold, or a folder that cannot be written.
         RunFailed: the disk is full.
     """
-    values = {
-        key: value
+    tensors = {
+        key: value.const_value
         for key, value in model.graph.initializers.items()
         if isinstance(value.const_value, (ir.ExternalTensor, ir.LazyTensor))
     }
-    infos = {}
-    for key, value in values.items():
-        tensor = value.const_value
-        infos[key] = TensorInfo(tensor.dtype.numpy(), tuple(tensor.shape.numpy()))  # type: ignore[union-attr]
+    infos = {
+        key: TensorInfo(tensor.dtype.numpy(), tuple(int(size) for size in tensor.shape.numpy()))
+        for key, tensor in tensors.items()
+    }
     path = Path(folder) / WEIGHTS_NAME
-    places = write_safetensors(path, [(key, infos[key], values[key].const_value.numpy) for key in values])
-    for key, value in values.items():
-        value.const_value = ir.ExternalTensor(
+    places = write_safetensors(path, [(key, infos[key], partial(_read, tensor)) for key, tensor in tensors.items()])
+    for key in tensors:
+        model.graph.initializers[key].const_value = ir.ExternalTensor(
             location=path.name,
             offset=places[key].offset,
             length=places[key].length,
@@ -44,3 +48,12 @@ def write_graph(model: ir.Model, folder: Path, name: str = "step.onnx") -> Path:
         )
     save_graph(model, path.with_name(name))
     return path.with_name(name)
+
+
+def _read(tensor: ir.ExternalTensor | ir.LazyTensor) -> npt.NDArray[Any]:
+    """A tensor of its own; the pages of the file that it came from are let go."""
+    if isinstance(tensor, ir.LazyTensor):
+        return tensor.numpy()
+    array = np.array(tensor.numpy())
+    tensor.release()
+    return array

@@ -6,7 +6,7 @@ import math
 
 import onnx_ir as ir
 
-from lehr.engines.graph.passes.draft import Draft
+from lehr.engines.graph.passes.draft import Draft, operand, rank_of
 
 SCORES = "scores"  # role of the tensor that holds the logits, mask included: NODE.scores
 _REFUSED = ("is_causal", "softcap", "qk_matmul_output_mode")
@@ -25,14 +25,14 @@ def decompose_attention(model: ir.Model) -> ir.passes.PassResult:
 
 
 def _plain(node: ir.Node) -> bool:
-    query, key, value = node.inputs[:3]
+    query, key, value = (operand(node, k) for k in range(3))
     if any(tensor is not None for tensor in node.inputs[4:]) or any(out.uses() for out in node.outputs[1:]):
         return False
     if any(name in node.attributes and node.attributes[name].value for name in _REFUSED):
         return False
-    if any(tensor is None or tensor.shape is None for tensor in (query, key, value)):
+    if query.shape is None or key.shape is None or value.shape is None:
         return False
-    if query.shape.rank() == 3:
+    if rank_of(query) == 3:
         return _int(node, "q_num_heads") == _int(node, "kv_num_heads") > 0 and isinstance(query.shape[2], int)
     same_heads = query.shape[1] == key.shape[1] and (isinstance(query.shape[1], int) or query.shape[1].value)
     return bool(same_heads) and isinstance(query.shape[3], int)
@@ -40,10 +40,11 @@ def _plain(node: ir.Node) -> bool:
 
 def _decompose(node: ir.Node) -> None:
     draft = Draft(node)
-    query, key, value, mask = (*node.inputs, None)[:4]
-    dtype, heads = query.dtype or ir.DataType.FLOAT, _int(node, "q_num_heads")
-    flat = query.shape.rank() == 3
-    head_size = query.shape[2] // heads if flat else query.shape[3]
+    query, key, value = (operand(node, k) for k in range(3))
+    mask = (*node.inputs, None)[3]
+    dtype, heads = query.dtype, _int(node, "q_num_heads")
+    flat, width = rank_of(query) == 3, _static(query)
+    head_size = width // heads if flat else width
     scale = node.attributes["scale"].as_float() if "scale" in node.attributes else 1 / math.sqrt(head_size)
     if flat:
         split = draft.constant([0, 0, heads, -1], ir.DataType.INT64, "heads")
@@ -69,6 +70,14 @@ def _decompose(node: ir.Node) -> None:
 def _turned(draft: Draft, value: ir.Value, perm: tuple[int, ...]) -> ir.Value:
     shape = None if value.shape is None else ir.Shape([value.shape[axis] for axis in perm])
     return draft.op("Transpose", value, attributes={"perm": perm}, shape=shape)
+
+
+def _static(value: ir.Value) -> int:
+    """The last axis, which :func:`_plain` has seen to be a number."""
+    size = None if value.shape is None else value.shape[-1]
+    if not isinstance(size, int):
+        raise TypeError(f"the last axis of {value.name!r} is {size}")
+    return size
 
 
 def _int(node: ir.Node, name: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import onnx_ir as ir
 
-from lehr.engines.graph.passes.draft import Draft
+from lehr.engines.graph.passes.draft import Draft, operand, rank_of
 
 # Where each operator began; GroupNormalization took a scale a group before 21, a scale a channel since.
 SINCE = {"LayerNormalization": 17, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
@@ -35,7 +35,7 @@ def decompose_norms(model: ir.Model, operators: Collection[str] = tuple(SINCE)) 
 
 
 def _layer_norm(node: ir.Node) -> bool:
-    source, scale, bias = (*node.inputs, None)[:3]
+    source, scale, bias = operand(node, 0), operand(node, 1), (*node.inputs, None)[2]
     axes = _normalised(node)
     if axes is None:
         return False
@@ -54,7 +54,7 @@ def _layer_norm(node: ir.Node) -> bool:
 
 
 def _rms_norm(node: ir.Node) -> bool:
-    source, scale = node.inputs[:2]
+    source, scale = operand(node, 0), operand(node, 1)
     axes = _normalised(node)
     if axes is None:
         return False
@@ -71,14 +71,15 @@ def _rms_norm(node: ir.Node) -> bool:
 
 def _group_norm(node: ir.Node) -> bool:
     """Each group is one channel of InstanceNormalization, whose own scale and bias are ones and zeros."""
-    source, scale, bias = node.inputs
-    if source.shape is None:
+    source, scale, bias = (operand(node, k) for k in range(3))
+    rank = rank_of(source)
+    if rank is None:
         return False
-    draft, groups, rank = Draft(node), node.attributes["num_groups"].as_int(), source.shape.rank()
+    draft, groups = Draft(node), node.attributes["num_groups"].as_int()
     dtype, source = source.dtype, _stashed(draft, source)
     size = draft.op("Shape", source, dtype=ir.DataType.INT64, shape=ir.Shape([rank]))
     together = draft.constant([0, groups, -1], ir.DataType.INT64, "groups")
-    flat = draft.op("Reshape", source, together, shape=ir.Shape([source.shape[0], groups, None]))
+    flat = draft.op("Reshape", source, together, shape=ir.Shape([None, groups, None]))
     ones, zeros = (draft.constant([fill] * groups, source.dtype, role) for fill, role in ((1, "ones"), (0, "zeros")))
     attributes = {"epsilon": _epsilon(node)}
     normal = draft.op("InstanceNormalization", flat, ones, zeros, attributes=attributes, shape=flat.shape)
@@ -91,8 +92,8 @@ def _group_norm(node: ir.Node) -> bool:
 
 def _gelu(node: ir.Node) -> bool:
     """Hendrycks & Gimpel 2016 (arXiv:1606.08415): x Φ(x), exact or through tanh."""
-    source = node.inputs[0]
-    draft, dtype, shape = Draft(node), source.dtype or ir.DataType.FLOAT, source.shape
+    source = operand(node, 0)
+    draft, dtype, shape = Draft(node), source.dtype, source.shape
     approximate = node.attributes["approximate"].as_string() if "approximate" in node.attributes else "none"
     if approximate == "tanh":
         cube = draft.op("Pow", source, draft.constant(3, dtype, "three"), shape=shape)
@@ -119,12 +120,12 @@ _REWRITES: dict[str, Callable[[ir.Node], bool]] = {
 
 def _normalised(node: ir.Node) -> list[int] | None:
     """The axes that are normalised together, counted from the end; None where the rank is not known."""
-    source = node.inputs[0]
+    rank = rank_of(operand(node, 0))
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
     if axis >= 0:
-        if source is None or source.shape is None:
+        if rank is None:
             return None
-        axis -= source.shape.rank()
+        axis -= rank
     return list(range(axis, 0))
 
 

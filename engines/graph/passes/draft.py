@@ -44,14 +44,17 @@ class Draft:
         self.graph.insert_before(self.node, made)
         return result
 
-    def constant(self, array: npt.ArrayLike, like: ir.DataType, role: str) -> ir.Value:
-        """A small constant, embedded in the graph; equal ones of one graph are one."""
+    def constant(self, array: npt.ArrayLike, like: ir.DataType | None, role: str) -> ir.Value:
+        """A small constant, embedded in the graph, float32 unless ``like`` says; equal ones of one graph are one."""
+        like = like or ir.DataType.FLOAT
         tensor = ir.tensor(np.asarray(array, dtype=like.numpy()), dtype=like)
         for value in self.graph.initializers.values():
             if _same(value.const_value, tensor):
                 return value
         tensor.name = self._name(role)
-        value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(like), const_value=tensor)
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(like), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 
@@ -93,6 +96,19 @@ def replace(node: ir.Node, result: ir.Value) -> None:
         result.type = old.type
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator cannot be without."""
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"node {node.name!r}: {node.op_type} has no input {index}")  # no valid graph has that
+    return value
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """Number of dimensions, where it is known."""
+    return None if value is None or value.shape is None else value.shape.rank()
 
 
 def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:

@@ -11,7 +11,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normali
 
 from lehr.engines.graph.passes.dead_code import remove_dead_code
 from lehr.engines.graph.passes.decompose_norms import SINCE
-from lehr.engines.graph.passes.draft import Draft, constant_of, scalar_of
+from lehr.engines.graph.passes.draft import Draft, constant_of, rank_of, scalar_of
 
 
 def fuse_norms(model: ir.Model) -> ir.passes.PassResult:
@@ -37,11 +37,11 @@ def fuse_norms(model: ir.Model) -> ir.passes.PassResult:
 # ------------------------------------------------------------------------------------------------------- Gelu
 
 
-def _erf(op, x):  # type: ignore[no-untyped-def]  # noqa: ANN  (a pattern, traced by onnxscript)
+def _erf(op, x):  # type: ignore[no-untyped-def]  # onnxscript calls it to see the pattern
     return op.Mul(x, op.Mul(0.5, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0)))
 
 
-def _tanh(op, x):  # type: ignore[no-untyped-def]  # noqa: ANN
+def _tanh(op, x):  # type: ignore[no-untyped-def]
     inner = op.Add(x, op.Mul(0.044715, op.Pow(x, 3.0)))
     return op.Mul(x, op.Mul(0.5, op.Add(op.Tanh(op.Mul(math.sqrt(2 / math.pi), inner)), 1.0)))
 
@@ -71,13 +71,13 @@ def _group_norm(node: ir.Node) -> bool:
     if not plain or not _returns_to(back, source):
         return False
     weights = [_per_channel(weight, rank) for weight in (scale, bias)]
-    if None in weights:
-        return False
     draft = Draft(node)
     vectors = []
     for weight in weights:
+        if weight is None:
+            return False
         vector = weight
-        if vector.shape is None or vector.shape.rank() != 1:
+        if rank_of(vector) != 1:
             flat = draft.constant([-1], ir.DataType.INT64, "flat")
             vector = draft.op("Reshape", vector, flat)
         vectors.append(vector)
@@ -125,7 +125,7 @@ def _returns_to(back: ir.Node, source: ir.Value) -> bool:
 def _per_channel(value: ir.Value, rank: int) -> ir.Value | None:
     """The weight behind a (C, 1, 1) tensor, or the tensor itself; None if it is not one number a channel."""
     node = _producer(value, "Reshape") or _producer(value, "Unsqueeze")
-    if node is not None and node.inputs[0].shape is not None and node.inputs[0].shape.rank() == 1:
+    if node is not None and rank_of(node.inputs[0]) == 1:
         target = constant_of(node.inputs[1])
         if target is not None and (node.op_type == "Unsqueeze" or len(target) == rank - 1):
             return node.inputs[0]

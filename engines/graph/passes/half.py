@@ -218,14 +218,20 @@ def _retype(node: ir.Node, dtype: ir.DataType) -> None:
             )
 
 
-def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Tensor:
-    """The tensor in another format, finite wherever it was.
+def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Tensor[Any]:
+    """The tensor in another format, finite wherever it was; the file it lies in is let go.
 
     Raises:
         InvalidInput: a value that ``dtype`` cannot hold.
     """
-    source: npt.NDArray[Any] = tensor.numpy().reshape(-1)
-    result = np.empty(source.shape, dtype.numpy())
+    array = _rounded(tensor.numpy().reshape(-1), dtype.numpy(), name)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return ir.Tensor(array.reshape(tensor.shape.numpy()), dtype=dtype)
+
+
+def _rounded(source: npt.NDArray[Any], dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
+    result = np.empty(source.shape, dtype)
     for start in range(0, source.size, _CHUNK):
         part = source[start : start + _CHUNK]
         with np.errstate(over="ignore", under="ignore"):
@@ -233,7 +239,7 @@ def _converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.T
         lost = np.isfinite(part) & ~np.isfinite(result[start : start + _CHUNK].astype(np.float32))
         if lost.any():
             raise InvalidInput(
-                f"weight {name!r} holds {part[lost][0]:g}, too large for {dtype.name.lower()}. "
+                f"weight {name!r} holds {part[lost][0]:g}, too large for {dtype.name}. "
                 "Keep the node that uses it in float32 (lehr audit decides so), or use another recipe."
             )
-    return ir.Tensor(result.reshape(tensor.shape.numpy()), dtype=dtype)
+    return result

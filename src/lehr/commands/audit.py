@@ -43,10 +43,15 @@ def command(
       lehr audit d.lehr
       lehr audit d.lehr --steps 50 --num 4 -o ranges.png --json
     """
-    from lehr.calibration.audit import audit
     from lehr.engines import target as targets
     from lehr.runtime.bundle import Bundle
+    from lehr.runtime.errors import MissingExtra
     from lehr.runtime.picture import check_output
+
+    try:
+        from lehr.calibration.audit import audit
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or "onnx_ir", "export") from e
 
     if output is not None:
         check_output(output, (".png",))
