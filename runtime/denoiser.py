@@ -91,8 +91,8 @@ class Denoiser:
             known = self._constants.setdefault(tensor.name, np.array(conditions[tensor.name]))
             if not np.array_equal(known, conditions[tensor.name]):
                 raise InvalidInput(
-                    f"{self.spec.name}: input {tensor.name!r} is constant by the model's spec and has changed between two "
-                    "evaluations; export the model with an input that varies with the prompt."
+                    f"{self.spec.name}: input {tensor.name!r} is constant by the model's spec and has changed between "
+                    "two evaluations; export the model with an input that varies with the prompt."
                 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -221,26 +221,26 @@ class HoistedNetwork:
         if PROMPT not in self._graphs or (shared.tensors and not self._of_prompt):
             self._prompts.update(dict.fromkeys(keys, ()))
             return
-        graph = self._graphs[PROMPT]
-        size = 0
-        for start, stop in _chunks(len(keys), lambda: size):
-            feeds = self._feeds(graph, conditions, rows[start:stop], shared)
+        graph, start, length = self._graphs[PROMPT], 0, 1
+        while start < len(keys):
+            part = slice(start, start + length)
+            feeds = self._feeds(graph, conditions, rows[part], shared)
             made = self._session(PROMPT).run(feeds)
             shared.tensors.update({t.name: made[t.name] for t in graph.outputs if not t.batched})
             tensors = [made[tensor.name] for tensor in self._of_prompt]
-            for k, key in enumerate(keys[start:stop]):
+            for k, key in enumerate(keys[part]):
                 self._prompts[key] = tuple(np.array(tensor[k]) for tensor in tensors)
-            size = sum(tensor.nbytes for tensor in tensors) // (stop - start)
-            self._bytes += sum(tensor.nbytes for tensor in tensors)
+            start, length = start + length, self._account(tensors)
 
     def _compute_schedules(
         self, missing: Mapping[tuple[_Key | bytes, float], tuple[_Key, int, float]], conditions: Mapping[str, Array]
     ) -> None:
         graph, wanted = self._graphs[SCHEDULE], list(missing)
         shared = self._shared[missing[wanted[0]][0].shared]
-        size = 0
-        for start, stop in _chunks(len(wanted), lambda: size):
-            part = [missing[want] for want in wanted[start:stop]]
+        start, length = 0, 1
+        while start < len(wanted):
+            chunk = wanted[start : start + length]
+            part = [missing[want] for want in chunk]
             feeds = self._feeds(graph, conditions, [k for _, k, _ in part], shared)
             feeds.update(_stacked(self._of_prompt, [self._prompts[key] for key, _, _ in part]))
             feeds.update(shared.tensors)
@@ -248,10 +248,16 @@ class HoistedNetwork:
             feeds[timestep.name] = np.array([t for _, _, t in part], dtype=timestep.dtype.numpy)
             made = self._session(SCHEDULE).run({tensor.name: feeds[tensor.name] for tensor in graph.inputs})
             tensors = [made[tensor.name] for tensor in self._of_schedule]
-            for k, want in enumerate(wanted[start:stop]):
+            for k, want in enumerate(chunk):
                 self._schedules[want] = tuple(np.array(tensor[k]) for tensor in tensors)
-            size = sum(tensor.nbytes for tensor in tensors) // (stop - start)
-            self._bytes += sum(tensor.nbytes for tensor in tensors)
+            start, length = start + length, self._account(tensors)
+
+    def _account(self, tensors: Sequence[Array]) -> int:
+        """Count what was made; returns how many samples the next call may make, now that their size is known."""
+        made = sum(tensor.nbytes for tensor in tensors)
+        self._bytes += made
+        rows = max((len(tensor) for tensor in tensors), default=1)
+        return max(1, CHUNK_BYTES * rows // max(1, made))
 
     def _feeds(
         self, graph: GraphSpec, conditions: Mapping[str, Array], rows: Sequence[int], shared: _Shared
@@ -310,13 +316,3 @@ def _stacked(tensors: Sequence[TensorSpec], rows: Sequence[tuple[Array, ...]]) -
     if len(rows) == 1:
         return {tensor.name: rows[0][k][None] for k, tensor in enumerate(tensors)}
     return {tensor.name: np.stack([row[k] for row in rows]) for k, tensor in enumerate(tensors)}
-
-
-def _chunks(count: int, row_bytes: Callable[[], int]) -> Iterator[tuple[int, int]]:
-    """Ranges of samples; the first of one sample, those after it as long as ``row_bytes()`` allows."""
-    start = 0
-    while start < count:
-        size = row_bytes()
-        length = 1 if not size else max(1, CHUNK_BYTES // size)
-        yield start, min(start + length, count)
-        start = min(start + length, count)

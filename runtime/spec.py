@@ -296,7 +296,10 @@ class ModelSpec:
         expected = {tensor.name: tensor for tensor in self.inputs}
         if set(feeds) != set(expected):
             missing, extra = sorted(set(expected) - set(feeds)), sorted(set(feeds) - set(expected))
-            raise InvalidInput(f"{self.name}: inputs missing {missing}, unexpected {extra}; expected {list(expected)}.")
+            raise InvalidInput(
+                f"{self.name}: inputs missing {missing}, unexpected {extra}; expected {list(expected)}. "
+                "Conditions other than classes are arrays, given in Python: Request(conditions={NAME: array})."
+            )
         bound: dict[str, int] = {}
         for name, tensor in expected.items():
             bind_shape(tensor, feeds[name], self.dims, bound)

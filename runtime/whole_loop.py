@@ -51,7 +51,7 @@ class LoopSettings:
         """A bundle's settings; raises BundleError where it has no whole-loop graph, or a damaged file."""
         if LOOP not in bundle.manifest.graphs:
             raise BundleError(
-                f"{bundle.root.name} has no whole-loop graph. Export the model again with --unroll STEPS --sampler NAME."
+                f"{bundle.root.name} has no whole-loop graph. Export the model again with --unroll STEPS."
             )
         data = bundle.read_json(SETTINGS)
         try:

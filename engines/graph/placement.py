@@ -2,9 +2,9 @@
 
 The labels of :mod:`lehr.engines.graph.rates` say what *may* be computed once; this module decides what *is*. Nodes
 that must run at every step are inside; any other may be, where handing its result over is dearer than computing it
-anew: an ``Expand`` that multiplies bytes, a mask made of a few numbers. A node with weights stays out unless its results
-outweigh them. Everything is counted in bytes, those read at a step and those held while the loop runs (for every
-timestep of the schedule), and the cheapest cut is a minimum cut (Ford and Fulkerson, 1956) of a small network.
+anew: an ``Expand`` that multiplies bytes, a mask made of a few numbers. A node with weights stays out unless its
+results outweigh them. Everything is counted in bytes, those read at a step and those held while the loop runs (for
+every timestep of the schedule), and the cheapest cut is a minimum cut (Ford and Fulkerson, 1956) of a small network.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from enum import Enum, Flag, auto
 
 import onnx_ir as ir
 
+from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import ExportFailed, InvalidInput, UnknownName
-from lehr.runtime.hoisted import SHAPE_SUFFIX
+from lehr.runtime.hoisted import PROMPT, SCHEDULE, SHAPE_SUFFIX, STEP
 from lehr.runtime.spec import TensorSpec, Varies
 
 
@@ -159,10 +160,22 @@ def explain(graphs: Mapping[str, tuple[ir.Graph, Sequence[TensorSpec]]], name: s
     ways, depends = _all_ways(name, known), Depends.NOTHING
     for kind, _ in ways:
         depends |= kind
-    rate, where = rate_of(depends).value, known[name][0]
     names = ", ".join(str(kind.name).lower() for kind, _ in ways) or "nothing"
-    lines = [f"{name}: {rate}, depends on {names}; it stands in the {where} graph"]
-    return lines + [f"  {str(kind.name).lower()}: {' <- '.join(way)}" for kind, way in ways]
+    first = f"{name}: {rate_of(depends).value}, depends on {names}; it stands in the {known[name][0]} graph"
+    return [first, *(f"  {str(kind.name).lower()}: {' <- '.join(way)}" for kind, way in ways)]
+
+
+def explain_bundle(bundle: Bundle, name: str) -> list[str]:
+    """:func:`explain` for the graphs of a bundle; raises UnknownName as that does."""
+    graphs = bundle.manifest.graphs
+    return explain(
+        {
+            role: (ir.load(bundle.path(graphs[role].file)).graph, graphs[role].signature.inputs)
+            for role in (PROMPT, SCHEDULE, STEP)
+            if role in graphs
+        },
+        name,
+    )
 
 
 def _all_ways(name: str, known: Mapping[str, tuple[str, ir.Value, Labels]]) -> list[tuple[Depends, list[str]]]:

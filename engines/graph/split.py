@@ -7,7 +7,6 @@ in the step graph, so a transformer of 57 blocks hands over a handful of tensors
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from onnx_ir.passes import common
 from lehr.engines.graph.cost import nbytes, shape_at
 from lehr.engines.graph.placement import Placement, Region
 from lehr.engines.graph.rates import Labels, Rate, label
-from lehr.engines.graph.weights import node_count, parameter_count
 from lehr.runtime.errors import ExportFailed
 from lehr.runtime.hoisted import PROMPT, SCHEDULE, SHAPE_SUFFIX, STEP
 from lehr.runtime.spec import DType, GraphSpec, ModelSpec, TensorSpec, Varies
@@ -83,7 +81,7 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
 
 
 def _read_sizes_from_sample(graph: ir.Graph, spec: ModelSpec) -> None:
-    """Let every ``Shape`` of one size that the sample has read it from the sample, which all graphs know the shape of."""
+    """Let every ``Shape`` of one size that the sample has read the sample, whose shape all graphs know."""
     sample = next(value for value in graph.inputs if value.name == spec.sample.name)
     for node in list(graph):
         if node.op_type != "Shape" or node.inputs[0] is sample or node.inputs[0] is None:

@@ -34,8 +34,8 @@ def unroll(parts: Mapping[str, Part], spec: ModelSpec, table: SolverTable, *, gu
             ``NAME.without``, for what guidance subtracts.
 
     Returns:
-        A graph with the inputs ``noise`` (unit noise of the sample's shape), ``noise.1`` … for what the sampler injects,
-        and the conditions; its output is ``samples``.
+        A graph with the inputs ``noise`` (unit noise of the sample's shape), ``noise.1`` … for what the sampler
+        injects, and the conditions; its output is ``samples``.
 
     Raises:
         InvalidInput: a table that cannot be written out.
@@ -49,13 +49,13 @@ class _Loop:
         form = table.recurrence()
         if len(table) > MAX_EVALUATIONS:
             raise InvalidInput(
-                f"{table.sampler} has {len(table)} evaluations, a whole-loop graph at most {MAX_EVALUATIONS}: each is a "
-                "copy of the network. Run it step by step."
+                f"{table.sampler} has {len(table)} evaluations, a whole-loop graph at most {MAX_EVALUATIONS}: each is "
+                "a copy of the network. Run it step by step."
             )
         if form is None or form.wide:
             raise InvalidInput(
-                f"{table.sampler} with {len(table)} evaluations has no recurrence in float32, so it cannot be one graph. "
-                "Choose another sampler (lehr list samplers), or run it step by step."
+                f"{table.sampler} with {len(table)} evaluations has no recurrence in float32, so it cannot be one "
+                "graph. Choose another sampler (lehr list samplers), or run it step by step."
             )
         if table.clip is not None and not isinstance(table.clip, Clip):
             raise InvalidInput(f"{table.sampler}: dynamic thresholding cannot be part of a graph; run it step by step.")

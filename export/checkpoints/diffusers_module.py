@@ -224,6 +224,12 @@ def derive(kind: type, config: Mapping[str, Any], said: Conventions | None) -> M
             f"{name} cannot be exported: its configuration does not describe pictures. Expected in_channels and no "
             "frames; a FILE.py:FACTORY can describe any other input."
         )
+    returned = o.size("out_channels") or channels
+    if returned < channels:
+        raise InvalidInput(
+            f"{name} cannot be exported: it takes {channels} channels and returns {returned}, so the others are a "
+            "condition, and its configuration does not say which. Write a FILE.py:FACTORY that joins the two inputs."
+        )
     height, width = _sample_size(o, name)
     latents = ("batch", channels, height, width)
     inputs = [
@@ -237,11 +243,7 @@ def derive(kind: type, config: Mapping[str, Any], said: Conventions | None) -> M
         name=name,
         family="diffusers",
         inputs=tuple(inputs),
-        outputs=(
-            TensorSpec(
-                name="output", shape=("batch", o.size("out_channels") or channels, height, width), varies=Varies.SAMPLE
-            ),
-        ),
+        outputs=(TensorSpec(name="output", shape=("batch", returned, height, width), varies=Varies.SAMPLE),),
         dims=(BATCH, *([_TOKENS] if any(_TOKENS.name in tensor.shape for tensor in inputs) else [])),
         path=LinearFlow() if flow else VP(),
         prediction=FLOW_PREDICTION if flow else EPSILON,

@@ -19,6 +19,7 @@ from lehr.calibration.keep_high import Finding, Kind, Short, findings, keep_high
 from lehr.calibration.probe import PEAK, RMS, Probe, instrument
 from lehr.calibration.ranges import BUCKETS, Ranges
 from lehr.commands.audit import command
+from lehr.commands.inspect import command as inspect
 from lehr.engines.audit import AUDIT, audited
 from lehr.engines.build import build
 from lehr.engines.target import target
@@ -195,6 +196,8 @@ def test_an_audit_is_kept_in_the_bundle_with_its_picture(audited_bundle: Path) -
     assert arrays["peak"].shape == arrays["rms"].shape == (len(record["tensors"]), BUCKETS)
     assert np.all(arrays["rms"] <= arrays["peak"] * (1 + 1e-5))
     assert audited(bundle, "fp16") == set(record["keep_high"]["fp16"])
+    told = json.loads(CliRunner().invoke(inspect, [str(audited_bundle), "--json"]).stdout)["audit"]
+    assert (told["samples"], told["evaluations"], told["findings"]) == (2, 12, len(record["findings"]))
     with Image.open(bundle.path("calibration/ranges.png")) as picture:
         assert picture.width > 400
 

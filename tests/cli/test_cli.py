@@ -66,7 +66,9 @@ def test_export_build_run_verify_inspect_do_the_main_job(tmp_path, capsys):
     assert {"snr_db", "max_abs"} <= set(verdict["levels"]["L2"])
     code, out, _ = lehr("inspect", bundle, "--verify-files", "--json", capsys=capsys)
     shown = json.loads(out)
-    assert shown["graphs"]["step"]["parameters"] == exported["parameters"]
+    assert list(shown["graphs"])[-1] == "step"
+    assert sum(graph["parameters"] for graph in shown["graphs"].values()) >= exported["parameters"]
+    assert shown["graphs"]["step"]["parameters"] < exported["parameters"]
     assert {"target", "recipe", "library", "bytes", "achieved_precision"} <= set(shown["engines"][0])
     assert shown["engines"][0]["parity"]["passed"] is True
 

@@ -28,6 +28,7 @@ from lehr.export.backbones import adm, dit, presets
 from lehr.export.backbones.preset import Preset
 from lehr.export.checkpoints import config as configs
 from lehr.export.checkpoints.conventions import conventions
+from lehr.export.checkpoints.diffusers_module import derive
 from lehr.export.checkpoints.files import Pickles
 from lehr.export.checkpoints.folder import from_folder
 from lehr.export.checkpoints.layouts import layouts, recognise
@@ -417,14 +418,20 @@ def test_an_inpainting_folder_samples_four_channels_and_takes_the_mask_as_a_cond
     module.save_pretrained(tmp_path / "inpainting")
     found = from_folder(tmp_path / "inpainting", name=None, pickles=Pickles.REFUSED)
     assert found.route == "checkpoint"
-    assert found.spec.input("sample").shape[1] == 4
-    joined = found.spec.input("sample_cond")
+    assert found.spec.sample.shape[1] == 4
+    (joined,) = (tensor for tensor in found.spec.inputs if tensor.name == "sample_cond")
     assert (joined.shape, joined.varies) == (("batch", 5, "height", "width"), Varies.PROMPT)
     source = resolve(str(tmp_path / "inpainting"), preset=None, seed=0, structure_only=False)
     feeds = feeds_of(found.spec, height=12)
     theirs = {name: value for name, value in feeds.items() if name != "sample_cond"}
     theirs["sample"] = np.concatenate([feeds["sample"], feeds["sample_cond"]], axis=1)
     assert error(eager(source.runnable(), feeds), expected(tiny, module, theirs)) <= TOLERANCE
+
+
+def test_joined_channels_of_another_architecture_are_refused() -> None:
+    config = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 7, "out_channels": 4}
+    with pytest.raises(InvalidInput, match="takes 7 channels and returns 4.*FACTORY"):
+        derive(diffusers.UNet2DConditionModel, config, None)
 
 
 # --------------------------------------------------------------------------------------- shards, damaged, foreign

@@ -81,7 +81,8 @@ class Part:
         return result
 
     def prompt(self, text, sample_shape):
-        assert sample_shape.dtype == np.int64 and sample_shape[0] == len(text)
+        assert sample_shape.dtype == np.int64
+        assert sample_shape[0] == len(text)
         return {"k": np.tanh(text), "positions": np.sin(np.arange(sample_shape[2], dtype=np.float32))}
 
     def schedule(self, timestep, class_labels, ids, k):
@@ -186,12 +187,14 @@ def test_only_the_graphs_of_one_phase_are_loaded_at_a_time():
     rng = np.random.default_rng(0)
     for rows in ([0], [1], [0]):  # a prompt, another, and the first again, which is known
         split(feeds(rng, rows, 1.0))
-    assert {"step"} in peak and all("step" not in names or len(names) == 1 for names in peak)
+    assert {"step"} in peak
+    assert all("step" not in names or len(names) == 1 for names in peak)
     peak.clear()
     stays = HoistedNetwork(SPEC, GRAPHS, Tracked, residency=Residency.ALL)
     for rows in ([0], [1]):
         stays(feeds(rng, rows, 1.0))
-    assert peak[-1] == set(GRAPHS) and len(peak) == 3
+    assert peak[-1] == set(GRAPHS)
+    assert len(peak) == 3
 
 
 def test_samples_beyond_the_limit_are_forgotten_oldest_first(monkeypatch):

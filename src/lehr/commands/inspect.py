@@ -36,16 +36,10 @@ def _explain(bundle: Any, tensor: str) -> list[str]:
     from lehr.runtime.errors import MissingExtra
 
     try:
-        import onnx_ir as ir
-
-        from lehr.engines.graph.rates import explain
+        from lehr.engines.graph.rates import explain_bundle
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "onnx_ir", "export") from e
-    graphs = {
-        name: (ir.load(bundle.path(graph.file)).graph, graph.signature.inputs)
-        for name, graph in bundle.manifest.graphs.items()
-    }
-    return explain(graphs, tensor)
+    return explain_bundle(bundle, tensor)
 
 
 def _table(steps: int, solver: Any) -> dict[str, Any]:
@@ -55,6 +49,13 @@ def _table(steps: int, solver: Any) -> dict[str, Any]:
         "evaluations": len(solver),
         "noises": solver.num_noises,
     }
+
+
+def _audit(bundle: Any) -> dict[str, Any] | None:
+    """What the range audit in the bundle says in short."""
+    from lehr.engines.audit import summary
+
+    return summary(bundle)
 
 
 @click.command("inspect")
@@ -107,6 +108,7 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
         "versions": dict(manifest.versions),
         "graphs": graphs,
         "engines": [_engine(opened, record) for record in engines(opened)],
+        "audit": _audit(opened),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": len(manifest.files),
     }
@@ -158,4 +160,10 @@ def _prose(data: dict[str, Any]) -> str:
         parts.append(table(("target", "recipe", "library", "MB", "precision", "parity"), rows))
     else:
         parts.append("no engines yet: lehr build")
+    if data["audit"]:
+        a = data["audit"]
+        parts.append(
+            f"range audit: {a['samples']} samples, {a['sampler']} with {a['evaluations']} evaluations, "
+            f"{a['findings']} findings; calibration/ranges.png"
+        )
     return "\n\n".join(parts)
