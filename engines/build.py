@@ -6,7 +6,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.engines.audit import AUDIT, audited
-from lehr.engines.builders import builder, candidates
+from lehr.engines.builders import TargetBuilder, builder, candidates
 from lehr.engines.choose import Candidate, Measured, fastest, measure
+from lehr.engines.ranges import input_ranges
 from lehr.engines.target import Target
-from lehr.runtime.backends import backend
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
 from lehr.runtime.engine import STEP, EngineRecord, Plan, engine_folder, engine_folders
@@ -33,8 +33,22 @@ Array = npt.NDArray[Any]
 
 EXAMPLE_BATCH = 2
 
+Progress = Callable[[str], None]
 
-def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", threads: int = 0) -> EngineRecord:
+
+def silent(_: str) -> None:
+    """Progress that nobody watches."""
+
+
+def build(
+    root: Path,
+    target: Target,
+    recipe: Recipe,
+    *,
+    library: str = "auto",
+    threads: int = 0,
+    progress: Progress = silent,
+) -> EngineRecord:
     """Build an engine and record it; older engines of this target and recipe are replaced.
 
     Where "auto" leaves several libraries, all of them build and the fastest that meets parity stays
@@ -45,10 +59,12 @@ def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", 
         target: the class of machine.
         recipe: how numbers are represented; checked against the target first.
         library: an engine library of the target, or "auto".
-        threads: of the engine on CPUs; 0 is one a core.
+        threads: of the engine on CPUs, of the build elsewhere; 0 is one a core.
+        progress: takes a line of text now and then, from libraries whose builds take long.
 
     Raises:
-        InvalidInput: the target, its library or this processor has not the recipe's formats.
+        InvalidInput: the target, its library or this processor has not the recipe's formats, or Lehr has no builder
+            for the target, or the library's version is out of the target's range.
         IncompatibleEngine: this machine is not of the target's kind.
         BundleError: the bundle holds no weights.
         BuildFailed: the engine library refuses a graph, or no library meets parity.
@@ -65,14 +81,17 @@ def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", 
     target.check_machine(recipe, cpu_features())
     bundle = Bundle.open(root)
     started = time.monotonic()
-    versions = {name: backend(name).version() for name in libraries}
+    versions = {name: builder(name).version() for name in libraries}
+    for name, version in versions.items():
+        target.check_version(name, version)
     with bundle.edit() as edit:
         replaced = set(engine_folders(bundle, target.name, recipe.name))
         for old in replaced:
             edit.remove(old)
         edit.set_manifest(parity={k: v for k, v in bundle.manifest.parity.items() if k not in replaced})
         folders = {name: engine_folder(target.name, recipe.name, name, versions[name]) for name in libraries}
-        built, failed = _build_all(bundle, recipe, {n: edit.folder(f) for n, f in folders.items()}, threads)
+        into = {name: edit.folder(folder) for name, folder in folders.items()}
+        built, failed = _build_all(bundle, target, recipe, into, threads, progress)
         chosen, rows = _chosen(bundle, recipe, built, failed)
         for name in libraries:
             if name != chosen.library:
@@ -83,19 +102,29 @@ def build(root: Path, target: Target, recipe: Recipe, *, library: str = "auto", 
             recipe_version=recipe.version,
             library=chosen.library,
             library_version=versions[chosen.library],
-            host=host(),
-            sources=_sources(bundle, recipe),
+            host=_host(target),
+            sources=_sources(bundle, chosen.library, recipe),
             plans=chosen.plans,
             seconds=round(time.monotonic() - started, 3),
-            peak_rss_mb=round(peak_rss_mb(), 1),
+            peak_rss_mb=round(max(peak_rss_mb(), *(_peak(plan) for plan in chosen.plans.values())), 1),
             candidates=tuple(row.to_json() for row in rows),
         )
         edit.add_json(f"{record.folder}/build.json", record.to_json())
     return record
 
 
+def _host(target: Target) -> dict[str, Any]:
+    """What an engine depends on of the machine that built it; one for a GPU does not depend on the processor's."""
+    return {key: value for key, value in host().items() if not target.sm or key in ("os", "arch")}
+
+
+def _peak(plan: Plan) -> float:
+    """Memory of a plan's build in MB, where it had a process of its own; else 0."""
+    return float(plan.options.get("build_peak_mb", 0))
+
+
 def _build_all(
-    bundle: Bundle, recipe: Recipe, folders: Mapping[str, Path], threads: int
+    bundle: Bundle, target: Target, recipe: Recipe, folders: Mapping[str, Path], threads: int, progress: Progress
 ) -> tuple[list[Candidate], dict[str, BuildFailed]]:
     """Engines by the libraries that can build one, and what stopped the others."""
     built: list[Candidate] = []
@@ -103,7 +132,7 @@ def _build_all(
 
     def attempt(name: str, folder: Path) -> None:
         try:
-            plans = build_plans(bundle, name, recipe, folder, threads=threads)
+            plans = build_plans(bundle, target, name, recipe, folder, threads=threads, progress=progress)
         except BuildFailed as e:
             failed[name] = e
         else:
@@ -133,9 +162,18 @@ def _chosen(
     return next(c for c in built if c.library == best), rows
 
 
-def build_plans(bundle: Bundle, library: str, recipe: Recipe, folder: Path, *, threads: int) -> dict[str, Plan]:
+def build_plans(
+    bundle: Bundle,
+    target: Target,
+    library: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress = silent,
+) -> dict[str, Plan]:
     """Compile every graph of a bundle with one library; all but "step" run rarely and compute in fp32."""
-    feeds, plans = example_feeds(bundle), {}
+    made, feeds, plans = builder(library), example_feeds(bundle), {}
     for name, graph in bundle.manifest.graphs.items():
         if graph.weights is None:
             raise BundleError(
@@ -144,28 +182,47 @@ def build_plans(bundle: Bundle, library: str, recipe: Recipe, folder: Path, *, t
         bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
         chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".lowered-") as scratch:
-            plans[name] = builder(library).build(
-                _lowered(bundle, name, chosen, Path(scratch)),
-                feeds[name],
-                folder,
-                name=name,
-                recipe=chosen,
-                threads=threads,
-            )
+            lowered = _lowered(bundle, target, name, chosen, made.LOWERED, Path(scratch))
+            if isinstance(made, TargetBuilder):
+                plans[name] = made.build_for(
+                    lowered,
+                    folder,
+                    name=name,
+                    recipe=chosen,
+                    target=target,
+                    ranges=input_ranges(graph.signature, bundle.manifest.model),
+                    threads=threads,
+                    progress=progress,
+                )
+            else:
+                plans[name] = made.build(lowered, feeds[name], folder, name=name, recipe=chosen, threads=threads)
     return plans
 
 
-def _lowered(bundle: Bundle, name: str, recipe: Recipe, scratch: Path) -> Path:
+def _lowered(
+    bundle: Bundle, target: Target, name: str, recipe: Recipe, formats: Collection[Format], scratch: Path
+) -> Path:
     """A graph in the recipe's format: itself where the library converts it, else one of its own in ``scratch``."""
     graph = bundle.path(bundle.manifest.graphs[name].file)
-    if recipe.arithmetic is not Format.FP16:
+    no_fp32 = Format.FP32 not in target.formats  # no products in fp32, that is: SM 7.5 does the rest in it
+    if recipe.arithmetic not in formats and not no_fp32:
         return graph
     try:
+        import onnx_ir as ir
+
         from lehr.engines.graph.lowering.half import write_half
+        from lehr.engines.graph.lowering.products import all_but_products, refuse_large_products
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "onnx_ir", "export") from e
+    dtype = ir.DataType.BFLOAT16 if recipe.arithmetic is Format.BF16 else ir.DataType.FLOAT16
+    if name not in (STEP, LOOP):
+        return write_half(graph, scratch, keep_high=all_but_products(graph), dtype=dtype)
+    keep_high = audited(bundle, recipe.name)
+    if no_fp32:
+        refuse_large_products(bundle, recipe.name, target.name)
+        keep_high &= all_but_products(bundle.path(bundle.manifest.graphs[STEP].file))
     copied = bundle.path(bundle.manifest.graphs[STEP].file) if name != STEP else None
-    return write_half(graph, scratch, keep_high=audited(bundle, recipe.name), copied=copied)
+    return write_half(graph, scratch, keep_high=keep_high, dtype=dtype, copied=copied)
 
 
 def example_inputs(spec: ModelSpec) -> dict[str, Array]:
@@ -203,9 +260,9 @@ def _handed_over(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
     return np.ones(shape, dtype=tensor.dtype.numpy)
 
 
-def _sources(bundle: Bundle, recipe: Recipe) -> dict[str, str]:
+def _sources(bundle: Bundle, library: str, recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every graph and weights file, and of the audit that lowering reads, as the manifest has it."""
     names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
-    if recipe.arithmetic is Format.FP16:
+    if recipe.arithmetic in builder(library).LOWERED:
         names.add(AUDIT)
     return {name: bundle.manifest.files[name].sha256 for name in sorted(names)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed
 from lehr.runtime.recipe import Format, Recipe
@@ -18,8 +19,14 @@ from lehr.runtime.recipe import Format, Recipe
 Array = npt.NDArray[Any]
 
 FORMATS = frozenset({Format.FP32, Format.FP16})  # fp16 by casts to float32 around most operators
+LOWERED = frozenset({Format.FP16})
 REFUSES = {Format.BF16: "ONNX Runtime's CPU provider has no bf16 MatMul or Conv"}
 EMBED_BELOW = 1024  # bytes; larger constants go to one external file, since protobuf ends at 2 GB
+
+
+def version() -> str:
+    """The installed library's version; raises MissingExtra."""
+    return backend("onnxruntime").version()
 
 
 def build(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from lehr.runtime.backends import backend
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, BundleError, RunFailed
 from lehr.runtime.parity import relative_error
@@ -33,6 +34,7 @@ Array = npt.NDArray[Any]
 
 PRECISIONS = {Format.FP32: "f32", Format.BF16: "bf16"}
 FORMATS = frozenset(PRECISIONS)
+LOWERED: frozenset[Format] = frozenset()
 REFUSES = {Format.FP16: "OpenVINO's CPU plugin computes in bf16 where a processor has no fp16, and says nothing"}
 
 # OpenVINO's names of the types that say something about precision, in the words of build.json.
@@ -42,6 +44,11 @@ ARITHMETIC = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolutio
 # Neither computes: what goes in and out, sizes, and changes of layout or type that the plugin inserts.
 SILENT = frozenset({"Input", "Output", "Const", "ShapeOf", "Reorder", "Convert"})
 RELOAD_ERROR = 1e-2  # of outputs; equal ones are expected, wrong weights give errors of order 1
+
+
+def version() -> str:
+    """The installed library's version; raises MissingExtra."""
+    return backend("openvino").version()
 
 
 def build(

@@ -131,7 +131,7 @@ def _floor(module: nn.Module, spec: ModelSpec, golden: Golden, dtype: torch.dtyp
     try:
         other = eager(copy.deepcopy(module).to(dtype), spec, dtype=dtype, device=device)
         steps = golden.steps
-        conditions = _first(steps.conditions)
+        conditions = _first(spec, steps.conditions)
         errors = []
         for k, timestep in enumerate(steps.timesteps):
             inputs, expected = steps.inputs[k, :FLOOR_BATCH], steps.outputs[k, :FLOOR_BATCH]
@@ -145,8 +145,8 @@ def _floor(module: nn.Module, spec: ModelSpec, golden: Golden, dtype: torch.dtyp
                 x_T=whole.x_T[:FLOOR_BATCH],
                 inputs=whole.inputs[:, :FLOOR_BATCH],
                 final=whole.final[:FLOOR_BATCH],
-                conditions=_first(whole.conditions),
-                unconditional=_first(whole.unconditional),
+                conditions=_first(spec, whole.conditions),
+                unconditional=_first(spec, whole.unconditional),
             )
             finals.append(compare(part.final, replay(other, part)[0], spec.value_range))
     except RuntimeError as e:  # what PyTorch raises for an operator without a kernel in a format
@@ -158,5 +158,7 @@ def _floor(module: nn.Module, spec: ModelSpec, golden: Golden, dtype: torch.dtyp
     )
 
 
-def _first(conditions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: value[:FLOOR_BATCH] for name, value in conditions.items()}
+def _first(spec: ModelSpec, conditions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The conditions of the first samples; FLUX's position ids are shared by all."""
+    batched = {tensor.name for tensor in spec.conditions if tensor.batched}
+    return {name: value[:FLOOR_BATCH] if name in batched else value for name, value in conditions.items()}

@@ -188,7 +188,7 @@ def _from_factory(text: str, path: Path, factory: str, structure_only: bool) -> 
     if not isinstance(module, nn.Module) or not isinstance(spec, ModelSpec):
         kinds = f"({type(module).__name__}, {type(spec).__name__})"
         raise InvalidInput(f"{text} returned {kinds}; expected (torch.nn.Module, lehr.runtime.ModelSpec).")
-    module = module.eval().float()
+    module = module.eval()
     name = f"{path.name}:{factory}"
     weights = None if structure_only else TorchModuleSource(module)
     return Source(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from lehr.runtime.backends import Session, backend
+from lehr.runtime.backends import Session, backend, backends
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra
 from lehr.runtime.host import host
@@ -26,10 +26,10 @@ class Plan:
 
     Attributes:
         file: relative to the engine's folder.
-        options: what to load it with.
+        options: what it was built with and is to be loaded with.
         achieved_precision: element type ("float", "bfloat16", "int8", …) -> share of the operators, read from the
-            engine itself.
-        operators: operator -> how often it stands in the engine, fused ones included.
+            engine itself; empty where only the machine it is for could read it.
+        operators: operator -> how often it stands in the engine, fused ones included; empty likewise.
     """
 
     file: str
@@ -213,6 +213,11 @@ def check(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> None:
         BundleError: its files are damaged, or it has no such graph.
         MissingExtra: the engine library is not installed.
     """
+    if record.library not in backends():
+        raise IncompatibleEngine(
+            f"{record.folder} is an engine of {record.library}, which Lehr builds but has no runtime backend for yet. "
+            f"Build and run one that it has: lehr build {bundle.root.name} --target cpu"
+        )
     wrong = differences(bundle, record)
     command = rebuild_command(bundle, record.target, record.recipe)
     if wrong:
@@ -233,8 +238,9 @@ def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
         for key, value in record.host.items()
         if here.get(key) != value
     ]
-    version = backend(record.library).version()
-    if version != record.library_version:
+    if record.library not in backends():
+        wrong.append(f"Lehr has no runtime backend for {record.library} yet")
+    elif (version := backend(record.library).version()) != record.library_version:
         wrong.append(f"{record.library} is {version} here and {record.library_version} where it was built")
     for name, digest in record.sources.items():
         entry = bundle.manifest.files.get(name)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import resource
 from pathlib import Path
 from typing import Any
+
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver API
+_COMPUTE_CAPABILITY = (75, 76)
 
 
 def cpu_features() -> tuple[str, ...]:
@@ -41,6 +45,21 @@ def host() -> dict[str, Any]:
     vector = [f for f in cpu_features() if f.startswith(("avx", "amx", "sse", "fma", "asimd", "sve", "neon"))]
     digest = hashlib.sha256(" ".join(vector).encode()).hexdigest()[:16]
     return {"os": platform.system().lower(), "arch": platform.machine(), "isa": digest}
+
+
+def gpu_compute_capability() -> str | None:
+    """Of the first NVIDIA GPU, such as "8.9", as its driver says; None without a driver or a GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(), (ctypes.c_int(), ctypes.c_int())
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for number, attribute in zip(numbers, _COMPUTE_CAPABILITY, strict=True):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 def cores() -> int:

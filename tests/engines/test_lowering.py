@@ -248,7 +248,8 @@ def test_only_half_formats_are_accepted() -> None:
 
 def test_an_operator_without_a_lowering_is_named() -> None:
     model = graph(
-        "g (float[2, 3, 5, 8] q, float[2, 3, 7, 8] k) => (float[2, 3, 5, 8] y) { y = Attention <is_causal = 1> (q, k, k) }"
+        "g (float[2, 3, 5, 8] q, float[2, 3, 7, 8] k) => (float[2, 3, 5, 8] y) "
+        "{ y = Attention <is_causal = 1> (q, k, k) }"
     )
     with pytest.raises(BuildFailed, match=r"'Attention_0': Attention does not exist at opset 20"):
         lower(model, 20)

@@ -33,6 +33,7 @@ from lehr.export.checkpoints.files import Pickles
 from lehr.export.checkpoints.folder import from_folder
 from lehr.export.checkpoints.layouts import layouts, recognise
 from lehr.export.checkpoints.rules import Transform, origin
+from lehr.export.graphs import Cut
 from lehr.export.package import Options, export
 from lehr.export.source import Route, resolve
 from lehr.runtime.errors import InvalidInput, MissingExtra, UnknownName
@@ -219,7 +220,7 @@ def run(bundle: Path, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def exported(source: Path, bundle: Path, **options: Any) -> Path:
-    options = {"tier": Tier.NONE, **options}
+    options = {"tier": Tier.NONE, "cut": Cut.NONE, **options}
     export(str(source), bundle, Options(**options), progress=lambda text: None)
     return bundle
 
@@ -430,7 +431,7 @@ def test_an_inpainting_folder_samples_four_channels_and_takes_the_mask_as_a_cond
 
 def test_joined_channels_of_another_architecture_are_refused() -> None:
     config = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 7, "out_channels": 4}
-    with pytest.raises(InvalidInput, match="takes 7 channels and returns 4.*FACTORY"):
+    with pytest.raises(InvalidInput, match=r"takes 7 channels and returns 4.*FACTORY"):
         derive(diffusers.UNet2DConditionModel, config, None)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lehr.export.backbones import preset
+from lehr.export.backbones import flux, preset
 from lehr.export.eager import eager
 from lehr.export.golden import default_tier, record
 from lehr.runtime import engine as engines
@@ -142,3 +142,22 @@ def test_a_fault_fails_at_the_level_that_sees_it(monkeypatch, dit_bundle, fault,
     verdict = sabotaged(monkeypatch, dit_bundle, fault)
     assert not verdict.passed
     assert verdict.levels[level].passed is False
+
+
+def test_floors_keep_conditions_that_all_samples_share_whole() -> None:
+    params = flux.Params(
+        in_channels=4,
+        vec_in_dim=6,
+        context_in_dim=10,
+        hidden_size=20,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=(2, 4, 4),
+        guidance_embed=False,
+    )
+    spec = flux.spec("tiny-flux", params, text_tokens=5, steps=2)
+    dims = tuple(replace(dim, default=4) if dim.name == "image_tokens" else dim for dim in spec.dims)
+    golden = record(flux.Flux(params).eval(), replace(spec, dims=dims), Tier.STEPS, device="cpu", progress=silent)
+    assert golden.steps.conditions["img_ids"].shape == (4, 3)
+    assert all(floor.rel_error for floor in golden.floors.values())

@@ -1,0 +1,41 @@
+"""Graphs for hardware that multiplies matrices in half precision only (SM 7.5), whatever the recipe keeps in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lehr.engines.audit import AUDIT
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.errors import BundleError, InvalidInput
+
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
+
+
+def all_but_products(graph: Path) -> frozenset[str]:
+    """Names of the nodes that are no product: what such hardware can compute in float32."""
+    return frozenset(f"{node.name}" for node in ir.load(graph).graph if node.op_type not in PRODUCTS)
+
+
+def refuse_large_products(bundle: Bundle, form: str, target: str) -> None:
+    """Raise InvalidInput where the range audit says that a product leaves ``form``: it cannot be kept in fp32 here."""
+    data: Any = bundle.read_json(AUDIT)
+    graph = bundle.path(bundle.manifest.graphs["step"].file)
+    products = {f"{node.name}" for node in ir.load(graph).graph} - all_but_products(graph)
+    try:
+        large = [
+            str(row["node"])
+            for row in data["findings"]
+            if row["format"] == form and row["kind"] == "overflows" and row["node"] in products
+        ]
+    except (KeyError, TypeError) as e:
+        raise BundleError(
+            f"the range audit of {bundle.root.name} is damaged ({e!r}). Run: lehr audit {bundle.root.name}"
+        ) from e
+    if large:
+        raise InvalidInput(
+            f"target {target!r} multiplies matrices in {form} only, and {len(large)} products leave its range by the "
+            f"audit, {large[0]!r} first. Choose a target that has fp32."
+        )

@@ -1,0 +1,80 @@
+"""What sizes an engine is built for: the smallest, the usual and the largest of every input (optimisation profiles).
+
+They follow from what the model declares of its dimensions. An engine reserves memory for the largest sizes that it may
+meet, and models declare more than anybody uses at once, so the largest is held to a multiple of the usual one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lehr.runtime.errors import BuildFailed
+from lehr.runtime.hoisted import SHAPE_SUFFIX
+from lehr.runtime.spec import Dim, GraphSpec, ModelSpec, TensorSpec
+
+MAX_BATCH = 16
+MAX_SCALE = 2  # of every other size's default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputRange:
+    """Of one input.
+
+    Attributes:
+        min, opt, max: its shape; or, where ``values`` is set, what stands in it.
+        values: the input is the shape of another one, as a vector.
+    """
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+    values: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"min": list(self.min), "opt": list(self.opt), "max": list(self.max), "values": self.values}
+
+
+def limits(dim: Dim) -> tuple[int, int]:
+    """The smallest and the largest size that an engine is built for."""
+    most = max(dim.default, MAX_BATCH if dim.name == "batch" else MAX_SCALE * dim.default)
+    return -(-dim.min // dim.multiple) * dim.multiple, min(most, dim.max) // dim.multiple * dim.multiple
+
+
+def input_ranges(signature: GraphSpec, spec: ModelSpec) -> dict[str, InputRange]:
+    """Ranges of a graph's inputs, by name.
+
+    Args:
+        signature: of the graph; sizes may be expressions of the model's dimensions.
+        spec: of the whole model.
+
+    Raises:
+        BuildFailed: a size that does not follow from the model's dimensions, or falls where they grow.
+    """
+    low = {dim.name: limits(dim)[0] for dim in spec.dims}
+    high = {dim.name: limits(dim)[1] for dim in spec.dims}
+    usual = spec.default_sizes()
+    shapes = {tensor.name + SHAPE_SUFFIX: tensor for tensor in spec.inputs}
+
+    def of(tensor: TensorSpec) -> InputRange:
+        measured = shapes.get(tensor.name, tensor)
+        try:
+            found = InputRange(
+                min=measured.sizes(low),
+                opt=measured.sizes(usual),
+                max=measured.sizes(high),
+                values=measured is not tensor,
+            )
+        except KeyError as e:
+            raise BuildFailed(
+                f"input {tensor.name!r} has a size {e} that does not follow from the model's dimensions "
+                f"{sorted(usual)}, so no range can be given for it."
+            ) from e
+        if not all(a <= b <= c for a, b, c in zip(found.min, found.opt, found.max, strict=True)):
+            raise BuildFailed(
+                f"input {tensor.name!r} of shape {tensor.shape} is {found.min} at the smallest sizes, {found.opt} at "
+                f"the usual ones and {found.max} at the largest: it must not shrink where they grow."
+            )
+        return found
+
+    return {tensor.name: of(tensor) for tensor in signature.inputs}

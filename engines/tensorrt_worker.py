@@ -1,0 +1,216 @@
+"""The process that builds one TensorRT engine; :mod:`lehr.engines.tensorrt_family` starts it and reads what it says.
+
+A process of its own, since a failed build can spoil the next one of the same process, since the library ends the
+process where memory runs out, and since only so its memory can be told from the caller's. It needs the library alone.
+
+    python tensorrt_worker.py JOB.json FD
+
+It writes one JSON object a line to the file descriptor FD: ``{"event": "progress" | "failed" | "done", …}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Say = Callable[..., None]
+Problem = dict[str, str]
+
+_MANGLED = re.compile(r"_U\d+$")  # the compiler's own numbering, behind the name of the network's layer
+_QUOTED = re.compile(r"(?:operation|node|layer) '([^']+)'|\{?ForeignNode\[([^\]]+)\]", re.IGNORECASE)
+
+
+class Refused(Exception):
+    """The library refuses the graph; ``problems`` are rows of node, operator and message."""
+
+    def __init__(self, stage: str, problems: list[Problem]) -> None:
+        super().__init__(stage)
+        self.stage, self.problems = stage, problems
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this program, in MB; what stood here before ``exec`` does not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    return 0.0
+
+
+# --------------------------------------------------------------------------------------------- the library's callbacks
+
+
+def make_logger(trt: Any, errors: list[str]) -> Any:
+    """A logger that keeps what goes wrong: a failed build returns None and says why nowhere else."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                errors.append(msg)
+
+    return Logger()
+
+
+def make_monitor(trt: Any, say: Say) -> Any:
+    """A monitor that reports each phase; it stops the build when nobody listens any more."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                say("progress", phase=phase_name, step=step + 1, steps=self._steps.get(phase_name, 0), peak=peak_mb())
+            except OSError:
+                return False
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def parse(trt: Any, network: Any, logger: Any, graph: str) -> Any:
+    """Read the graph into the network; raises Refused with every node that has no place there."""
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(graph):
+        errors = [parser.get_error(k) for k in range(parser.num_errors)]
+        raise Refused(
+            "parse", [{"node": e.node_name(), "operator": e.node_operator(), "message": e.desc()} for e in errors]
+        )
+    return parser
+
+
+def loosen_attention(trt: Any, network: Any) -> int:
+    """Let attention without a kernel of its own be computed in pieces; returns how many there are.
+
+    Without that, attention in fp32, or with heads of odd sizes, fails the build. Layers come back as their base class;
+    giving them the class of their type is how the library's own samples reach what only that class has.
+    """
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    if kind is None:
+        return 0
+    found = 0
+    for k in range(network.num_layers):
+        layer = network.get_layer(k)
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            found += 1
+    return found
+
+
+def target_config(trt: Any, config: Any, capabilities: list[str]) -> None:
+    """Say which GPUs the engine is for; raises Refused for one that the library does not know.
+
+    Where no target is set, TensorRT-RTX builds formats that the GPU has not without a word.
+    """
+    known = getattr(trt, "ComputeCapability", None)
+    if known is None:
+        return  # TensorRT proper builds for the GPU of this machine, which the caller has compared with the target
+    missing = [name for name in capabilities if not hasattr(known, name)]
+    if missing or not capabilities:
+        have = ", ".join(sorted(name for name in dir(known) if name.startswith("SM")))
+        wanted = ", ".join(missing) or "no target"
+        raise Refused("target", [{"node": "", "operator": "", "message": f"it has no {wanted}; it knows {have}"}])
+    config.num_compute_capabilities = len(capabilities)
+    for k, name in enumerate(capabilities):
+        config.set_compute_capability(getattr(known, name), k)
+
+
+def add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, Mapping[str, Any]]) -> None:
+    """One optimisation profile over the ranges of every input; raises Refused where one is missing or not taken."""
+    profile = builder.create_optimization_profile()
+    for k in range(network.num_inputs):
+        tensor = network.get_input(k)
+        name, given = tensor.name, ranges.get(tensor.name)
+        if given is None or (tensor.is_shape_tensor and not given["values"]):
+            reason = "its values decide shapes, and nothing says between which bounds they lie" if given else "no range"
+            raise Refused("profile", [{"node": name, "operator": "input", "message": reason}])
+        sizes = [tuple(given[key]) for key in ("min", "opt", "max")]
+        if tensor.is_shape_tensor:
+            profile.set_shape_input(name, *sizes)
+        elif given["values"]:
+            profile.set_shape(name, *[(len(sizes[0]),)] * 3)
+        else:
+            profile.set_shape(name, *sizes)
+    if config.add_optimization_profile(profile) < 0:
+        raise Refused("profile", [{"node": "", "operator": "", "message": f"the ranges {dict(ranges)} are not taken"}])
+
+
+def explain(network: Any, errors: list[str]) -> list[Problem]:
+    """The library's error messages with the node and the operator that each is about, where it names one."""
+    kinds = {layer.name: layer.type.name for layer in (network.get_layer(k) for k in range(network.num_layers))}
+    problems = []
+    for message in errors:
+        quoted = _QUOTED.search(message)
+        name = "" if quoted is None else _MANGLED.sub("", quoted[1] or quoted[2])
+        problems.append({"node": name, "operator": kinds.get(name, ""), "message": " ".join(message.split())})
+    return problems
+
+
+def build(job: Mapping[str, Any], say: Say) -> None:
+    """Parse, configure, build, and write the plan; raises Refused."""
+    trt: Any = importlib.import_module(job["module"])
+    errors: list[str] = []
+    logger = make_logger(trt, errors)
+    builder = trt.Builder(logger)
+    if job["threads"]:
+        builder.max_threads = job["threads"]
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = parse(trt, network, logger, job["graph"])
+    attention = loosen_attention(trt, network)
+    config = builder.create_builder_config()
+    config.progress_monitor = make_monitor(trt, say)
+    config.clear_flag(trt.BuilderFlag.TF32)  # what a recipe keeps in fp32 is meant to have its digits
+    target_config(trt, config, job["capabilities"])
+    add_profile(builder, network, config, job["ranges"])
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise Refused("build", explain(network, errors) or [{"node": "", "operator": "", "message": "no reason given"}])
+    Path(job["plan"]).write_bytes(engine)
+    del parser  # alive until here: it owns weights that the network points to
+    say(
+        "done",
+        layers=network.num_layers,
+        settings={
+            "tf32": False,
+            "optimization_level": config.builder_optimization_level,
+            "decomposable_attention": attention,
+        },
+        peak=peak_mb(),
+    )
+
+
+def main() -> None:
+    """Read the job, build, report."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8", buffering=1) as out:
+
+        def say(event: str, **fields: Any) -> None:
+            out.write(json.dumps({"event": event, **fields}) + "\n")
+
+        try:
+            build(job, say)
+        except Refused as e:
+            say("failed", stage=e.stage, problems=e.problems, peak=peak_mb())
+
+
+if __name__ == "__main__":
+    main()
