@@ -18,7 +18,7 @@ from environment import RESULTS, write
 from lehr.export.backbones import presets
 
 NAME = "preset_traces"
-LIMITS = {"seconds": 120, "peak_rss_mb": 1200}
+LIMITS = {"cpu_seconds": 120, "peak_rss_mb": 1200}
 _TRACE = """
 import json, resource, sys, tempfile, time, torch
 from pathlib import Path

@@ -8,6 +8,7 @@ It imports its library when it builds, so what a library can execute is known wh
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -144,7 +145,15 @@ def buildable(target: Target, system: str, machine: str) -> tuple[str, ...]:
     """
     if system not in target.os or machine not in target.arch:
         return ()
-    return tuple(name for name in target.libraries if installed(name))
+    return tuple(name for name in target.libraries if _found(name))
+
+
+def _found(library: str) -> bool:
+    """Whether a library's module is there, without loading it."""
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ValueError:  # in sys.modules without a specification
+        return False
 
 
 def candidates(target: Target, recipe: Recipe, library: str = "auto") -> tuple[str, ...]:

@@ -15,7 +15,6 @@ stay empty, which means unknown. There is no timing cache: TensorRT-RTX chooses 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -45,7 +44,6 @@ _SHOWN, _TAIL = 3, 600  # problems of one build, and characters of what a killed
 _HINTS = (
     ("FP32 GEMM is not supported", "SM 7.5 multiplies matrices in fp16 only: use --recipe fp16"),
     ("HW-specific datatypes", "a target lacks a number format of the graph: choose another recipe or target"),
-    ("not supported by a dedicated kernel", "the attention has a form without a kernel: export it in fp32"),
     ("out of memory", "build on a machine with more memory"),
     ("No importer registered", "the library does not know the operator: lower the graph to an older operator set"),
     ("UNSUPPORTED_NODE", "the library does not know the operator: lower the graph to an older operator set"),

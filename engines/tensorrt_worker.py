@@ -15,12 +15,15 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Say = Callable[..., None]
 Problem = dict[str, str]
+
+PAUSE = 0.5  # seconds between two lines of progress; small graphs make a thousand steps a second
 
 _MANGLED = re.compile(r"_U\d+$")  # the compiler's own numbering, behind the name of the network's layer
 _QUOTED = re.compile(r"(?:operation|node|layer) '([^']+)'|\{?ForeignNode\[([^\]]+)\]", re.IGNORECASE)
@@ -60,17 +63,22 @@ def make_logger(trt: Any, errors: list[str]) -> Any:
 
 
 def make_monitor(trt: Any, say: Say) -> Any:
-    """A monitor that reports each phase; it stops the build when nobody listens any more."""
+    """A monitor that reports how far a phase is; it stops the build when nobody listens any more."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}
+            self._said = -PAUSE
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._said < PAUSE:
+                return True
+            self._said = now
             try:
                 say("progress", phase=phase_name, step=step + 1, steps=self._steps.get(phase_name, 0), peak=peak_mb())
             except OSError:

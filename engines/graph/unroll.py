@@ -103,7 +103,9 @@ class _Loop:
                 pair = [(table.denoised_from_input[i], current), (table.denoised_from_output[i], prediction)]
                 limits = [self._float(-table.clip.limit), self._float(table.clip.limit)]
                 banks[1, i] = self._op("Clip", [self._sum(pair), *limits])
-        result = self._op("Identity", [current], name=SAMPLES)
+        used = bool(current.uses()) or current.producer() is None
+        result = self._op("Identity", [current], name=SAMPLES) if used else current
+        result.name = SAMPLES
         result.shape, result.dtype = ir.Shape(spec.sample.shape), ir.DataType.FLOAT
         self._graph.outputs.append(result)
         output = TensorSpec(name=SAMPLES, shape=spec.sample.shape, varies=Varies.SAMPLE)

@@ -57,7 +57,8 @@ class OpenVinoSession:
     def __init__(self, compiled: ov.CompiledModel, blob: ov.Tensor | None = None) -> None:
         self._request = compiled.create_infer_request()
         self._inputs = {port.get_any_name(): port for port in compiled.inputs}
-        self._outputs = {port.get_any_name(): port for port in compiled.outputs}
+        # A result that the compiler merged with another tensor bears the names of both.
+        self._outputs = {name: port for port in compiled.outputs for name in sorted(port.get_names())}
         self._blob = blob  # the last attribute, so the last to go
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

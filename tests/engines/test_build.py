@@ -29,7 +29,6 @@ def bundle(dit_bundle, tmp_path) -> Path:
 def test_a_target_states_its_facts(name):
     facts = target(name)
     assert facts.name == name
-    assert facts.libraries
     assert facts.formats
     assert 17 <= facts.opset <= 26
 

@@ -15,6 +15,7 @@ from lehr.commands._output import emit, json_option, table
 _PARTS = {
     "run, build, verify on a CPU": (("numpy", ""), ("onnxruntime", "cpu")),
     "the same with OpenVINO": (("numpy", ""), ("openvino", "openvino")),
+    "build for RTX GPUs": (("tensorrt_rtx_cu13", "trt-rtx"), ("onnx-ir", "export")),
     "export": (
         ("torch", "export"),
         ("onnx", "export"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from typing import Any
 
 import click
@@ -44,21 +46,51 @@ def _samplers() -> list[dict[str, Any]]:
 
 
 def _targets() -> list[dict[str, Any]]:
-    from lehr.engines.builders import fitting
+    from lehr.engines.builders import buildable, fitting
     from lehr.engines.target import targets
+    from lehr.runtime.backends import backends
     from lehr.runtime.recipe import RECIPES
 
     return [
         {
             "name": t.name,
+            "sm": list(t.sm),
             "libraries": list(t.libraries),
             "recipes": [r.name for r in RECIPES.values() if fitting(t, r)],
+            "builds_here": list(buildable(t, sys.platform, platform.machine())),
+            "runs_with": [name for name in t.libraries if name in backends()],
             "formats": [form.value for form in t.formats],
+            "native": list(t.native),
+            "os": list(t.os),
             "arch": list(t.arch),
+            "opset": t.opset,
+            "memory_gb": t.memory_gb and list(t.memory_gb),
+            "bandwidth_gb_s": t.bandwidth_gb_s and list(t.bandwidth_gb_s),
+            "dla": list(t.dla),
+            "versions": dict(t.versions),
             "summary": t.summary,
         }
         for t in targets().values()
     ]
+
+
+def _targets_table(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        (
+            row["name"],
+            " ".join(row["sm"]),
+            " ".join(row["libraries"]) or "none yet",
+            " ".join(row["recipes"]),
+            "yes" if row["builds_here"] else "no",
+            "yes" if row["runs_with"] else "not yet",
+            row["summary"],
+        )
+        for row in rows
+    ]
+    return (
+        table(("name", "SM", "libraries", "recipes", "builds here", "Lehr runs it", "summary"), cells)
+        + "\n\nbuilds here: on a machine of this kind, with an installed library; TensorRT also needs the target's GPU."
+    )
 
 
 def _recipes() -> list[dict[str, Any]]:
@@ -79,6 +111,11 @@ def _recipes() -> list[dict[str, Any]]:
     ]
 
 
+def _recipes_table(rows: list[dict[str, Any]]) -> str:
+    cells = [(row["name"], row["weights"], row["arithmetic"], " ".join(row["targets"]), row["summary"]) for row in rows]
+    return table(("name", "weights", "arithmetic", "targets", "summary"), cells)
+
+
 _KINDS = {
     "backbones": _backbones,
     "presets": _presets,
@@ -88,9 +125,14 @@ _KINDS = {
 }
 
 
+_TABLES = {"targets": _targets_table, "recipes": _recipes_table}  # for people, where not every field is shown
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    return table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+
+
 def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key}:{','.join(items)}" for key, items in value.items())
     if isinstance(value, list):
         return " ".join(value)
     if isinstance(value, bool):
@@ -110,4 +152,4 @@ def command(kind: str, as_json: bool) -> None:
       lehr list samplers --json
     """
     rows = _KINDS[kind]()
-    emit(as_json, rows, table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+    emit(as_json, rows, _TABLES.get(kind, _table)(rows))
