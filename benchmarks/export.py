@@ -1,10 +1,12 @@
-"""Export beside plain ``torch.onnx.export``: seconds, peak memory and size on disk.
+"""Export beside plain ``torch.onnx.export`` and optimum-onnx: seconds, peak memory and size on disk.
 
-    python benchmarks/export.py [CASE ...] [--scratch DIR]
+    python benchmarks/export.py [CASE ...] [--scratch DIR] [--optimum DIR]
 
 Writes benchmarks/results/export.json. Every export is a process of its own, whose peak is the resident set that the
 kernel reports (imports included). Folders are diffusers' own, written with random weights in fp16. ``torch`` is plain
-``torch.onnx.export(dynamo=True)`` of diffusers' module (of ours for digits-dit) with the same dynamic dimensions. Lehr
+``torch.onnx.export(dynamo=True)`` of diffusers' module (of ours for digits-dit) with the same dynamic dimensions.
+``optimum`` is optimum-onnx 0.1.0, whose pins exclude ours: --optimum names a folder with it, transformers 4.57 and
+diffusers 0.39 (``pip install --target DIR``); it exports in fp32 and fixes sizes that it does not know to be dynamic. Lehr
 runs with ``--golden none``, so that nothing but the export is compared.
 """
 
@@ -99,12 +101,26 @@ with torch.no_grad():
 """
 
 
-def run(command: Sequence[str], made: Path) -> dict[str, Any]:
-    """Run a process; its seconds, peak memory and what it wrote, or how it failed."""
+OPTIMUM_UNET = """
+import sys
+from pathlib import Path
+from diffusers import UNet2DConditionModel
+from optimum.exporters.onnx.convert import export
+from optimum.exporters.onnx.model_configs import UNetOnnxConfig
+unet = UNet2DConditionModel.from_pretrained(sys.argv[1]).eval()
+for name in ("text_encoder_projection_dim", "requires_aesthetics_score", "time_cond_proj_dim"):
+    setattr(unet.config, name, None)
+export(unet, UNetOnnxConfig(unet.config, task="semantic-segmentation"), Path(sys.argv[2]), opset=14, device="cpu")
+"""
+
+
+def run(command: Sequence[str], made: Path, path: Path | None = None) -> dict[str, Any]:
+    """Run a process, with modules of ``path`` before others; its seconds, peak memory and what it wrote, or how it failed."""
     made.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ if path is None else {**os.environ, "PYTHONPATH": str(path.resolve())}
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         errors.seek(0)
@@ -130,7 +146,7 @@ def lehr(source: str, folder: Path, *options: str) -> dict[str, Any]:
     return run(command, bundle)
 
 
-def measure(case: str, scratch: Path) -> dict[str, Any]:
+def measure(case: str, scratch: Path, optimum: Path | None) -> dict[str, Any]:
     """One case with whoever can do it."""
     if case == "flux-dev structure":
         return {"lehr": lehr("flux-dev", scratch, "--structure-only")}
@@ -151,6 +167,9 @@ def measure(case: str, scratch: Path) -> dict[str, Any]:
         made.parent.mkdir()
         rows["torch"] = run([sys.executable, "-c", TORCH_UNET, str(folder), str(made), "64"], made)
         shutil.rmtree(made.parent)
+        if optimum is not None:
+            made = scratch / "optimum" / "m.onnx"
+            rows["optimum"] = run([sys.executable, "-c", OPTIMUM_UNET, str(folder), str(made)], made, optimum)
     return rows
 
 
@@ -162,12 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--scratch", type=Path, help="A folder with room for 20 GB.")
+    parser.add_argument("--optimum", type=Path, help="A folder with optimum-onnx and what it needs.")
     arguments = parser.parse_args()
     stored = RESULTS / "export.json"
     known = json.loads(stored.read_text())["cases"] if stored.is_file() else {}
     for case in arguments.cases:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            known[case] = measure(case, Path(scratch))
+            known[case] = measure(case, Path(scratch), arguments.optimum)
         print(case, json.dumps(known[case]), file=sys.stderr)
     write("export", {"cases": {case: known[case] for case in CASES if case in known}})
 

@@ -8,7 +8,7 @@ fp64 is tiny, absolute limits hold the rule away from zero.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from lehr.runtime.guidance import classifier_free
 from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.loop import Step, sample
 from lehr.runtime.parity import compare, relative_error, score
+from lehr.runtime.prediction import Prediction
 
 Array = npt.NDArray[Any]
 
@@ -69,12 +70,7 @@ def verify(bundle: Bundle, record: EngineRecord) -> Verdict:
     """
     golden = read(bundle)
     denoiser = load_denoiser(bundle, record)
-    # Said once for everything that follows, or the graphs of the two phases would take turns in memory.
-    timesteps = [*golden.steps.timesteps, *(t for loop in golden.trajectories for t in loop.table.timesteps)]
-    sets = [golden.steps.conditions]
-    for loop in golden.trajectories:
-        sets += [loop.conditions, {**loop.conditions, **loop.unconditional}]
-    denoiser.prepare(timesteps, golden.steps.inputs.shape[2:], sets)
+    prepare(denoiser, golden)
     l0 = _structure(denoiser, record, golden)
     if not l0.passed:
         unreached = Level(passed=None, reason="not reached: L0 failed")
@@ -83,6 +79,71 @@ def verify(bundle: Bundle, record: EngineRecord) -> Verdict:
         engine=record.folder,
         levels={"L0": l0, "L1": _steps(denoiser, record, golden), "L2": _trajectories(denoiser, record, golden)},
     )
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def prepare(denoiser: Denoiser, golden: Golden) -> None:
+    """Say which evaluations all of the golden data asks for.
+
+    Said once for everything that follows, or the graphs of the two phases would take turns in memory.
+    """
+    timesteps = [*golden.steps.timesteps, *(t for loop in golden.trajectories for t in loop.table.timesteps)]
+    sets = [golden.steps.conditions]
+    for loop in golden.trajectories:
+        sets += [loop.conditions, {**loop.conditions, **loop.unconditional}]
+    denoiser.prepare(timesteps, golden.steps.inputs.shape[2:], sets)
+
+
+def step_outputs(denoiser: Denoiser, golden: Golden) -> Iterator[Array]:
+    """The engine's prediction on every recorded input, in the order of the recorded timesteps.
+
+    Raises:
+        RunFailed: the engine failed, or returned another shape than the spec's.
+    """
+    steps = golden.steps
+    for inputs, timestep in zip(steps.inputs, steps.timesteps, strict=True):
+        yield denoiser(inputs, float(timestep), steps.conditions)
+
+
+def score_error(prediction: Prediction, golden: Golden, k: int, output: Array) -> float:
+    """The score's relative error at recorded timestep ``k``; where alpha is 0, the output's if that is larger."""
+    steps, alpha, sigma = golden.steps, float(golden.steps.alphas[k]), float(golden.steps.sigmas[k])
+    reference = score(prediction, alpha, sigma, steps.inputs[k], steps.outputs[k])
+    error = relative_error(reference, score(prediction, alpha, sigma, steps.inputs[k], output))
+    return max(error, relative_error(steps.outputs[k], output) if alpha == 0 else 0.0)
+
+
+def step_errors(denoiser: Denoiser, golden: Golden) -> list[float]:
+    """:func:`score_error` at every recorded timestep."""
+    outputs = step_outputs(denoiser, golden)
+    return [score_error(denoiser.spec.prediction, golden, k, output) for k, output in enumerate(outputs)]
+
+
+def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[float]]:
+    """Run a recorded loop; return the final sample and the relative drift of every evaluation's input."""
+    network = classifier_free(denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale)
+    drift: list[float] = []
+
+    def on_step(step: Step) -> None:
+        drift.append(relative_error(trajectory.inputs[step.index], step.sample))
+
+    return sample(network, trajectory.table, trajectory.x_T, on_step=on_step), drift
+
+
+def value_problem(output: Array) -> str | None:
+    """What no prediction can be: not finite, or one constant; None for one that is neither."""
+    if not np.all(np.isfinite(output)):
+        return "the engine returned values that are not finite"
+    return "the engine returned one constant value" if np.ptp(output) == 0 else None
+
+
+def precision_problem(record: EngineRecord) -> str | None:
+    """How what the engine computes in differs from its recipe; None if it does not."""
+    if record.recipe == "fp32" and set(record.achieved_precision) - {"float", "double"}:
+        return f"recipe fp32 but the engine computes in {sorted(record.achieved_precision)}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- the rungs
@@ -96,33 +157,9 @@ def _structure(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Leve
         output = denoiser(steps.inputs[0], float(steps.timesteps[0]), steps.conditions)
     except RunFailed as e:
         return Level(passed=False, reason=str(e), measures=measures)
-    if not np.all(np.isfinite(output)):
-        return Level(passed=False, reason="the engine returned values that are not finite", measures=measures)
-    if np.ptp(output) == 0:
-        return Level(passed=False, reason="the engine returned one constant value", measures=measures)
-    if record.recipe == "fp32" and set(record.achieved_precision) - {"float", "double"}:
-        reason = f"recipe fp32 but the engine computes in {sorted(record.achieved_precision)}"
-        return Level(passed=False, reason=reason, measures=measures)
+    if problem := value_problem(output) or precision_problem(record):
+        return Level(passed=False, reason=problem, measures=measures)
     return Level(passed=True, reason="shapes, finiteness and precision as specified", measures=measures)
-
-
-def step_errors(denoiser: Denoiser, golden: Golden) -> list[float]:
-    """The score's relative error at every recorded timestep; where alpha is 0, the output's if that is larger."""
-    steps, prediction = golden.steps, denoiser.spec.prediction
-    errors = []
-    for k, timestep in enumerate(steps.timesteps):
-        output = denoiser(steps.inputs[k], float(timestep), steps.conditions)
-        alpha, sigma = float(steps.alphas[k]), float(steps.sigmas[k])
-        errors.append(
-            max(
-                relative_error(
-                    score(prediction, alpha, sigma, steps.inputs[k], steps.outputs[k]),
-                    score(prediction, alpha, sigma, steps.inputs[k], output),
-                ),
-                relative_error(steps.outputs[k], output) if alpha == 0 else 0.0,
-            )
-        )
-    return errors
 
 
 def _steps(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Level:
@@ -154,17 +191,6 @@ def _trajectories(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> L
         reason=f"final sample {measures['psnr_db']:.1f} dB ({worst}), limit {limit:.1f} dB",
         measures={**measures, "limit_psnr_db": limit, "cases": cases},
     )
-
-
-def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[float]]:
-    """Run a recorded loop; return the final sample and the relative drift of every evaluation's input."""
-    network = classifier_free(denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale)
-    drift: list[float] = []
-
-    def on_step(step: Step) -> None:
-        drift.append(relative_error(trajectory.inputs[step.index], step.sample))
-
-    return sample(network, trajectory.table, trajectory.x_T, on_step=on_step), drift
 
 
 # ------------------------------------------------------------------------------------------------- tolerances

@@ -1,0 +1,454 @@
+"""The TensorRT builders: held to the names of six releases, to a library that fails in every way, and to the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lehr import cli
+from lehr.engines import tensorrt_family
+from lehr.engines.build import build
+from lehr.engines.builders import TargetBuilder, builder, candidates
+from lehr.engines.graph.lowering.half import write_half
+from lehr.engines.ranges import MAX_BATCH, InputRange, input_ranges, limits
+from lehr.engines.target import Target, target
+from lehr.engines.tensorrt_family import TENSORRT, TENSORRT_RTX
+from lehr.runtime import engine as engines
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.engine import Plan
+from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
+from lehr.runtime.recipe import Format, recipe
+from lehr.runtime.spec import BATCH, Dim, DType, GraphSpec, TensorSpec, Varies
+
+HERE = Path(__file__).parent
+RELEASES = json.loads((HERE / "tensorrt_api.json").read_text())["releases"]
+TENSORRTS = [name for name in RELEASES if name.startswith("tensorrt ")]
+WITHOUT_ATTENTION = {"tensorrt 10.3.0", "tensorrt 10.7.0", "tensorrt 10.13.3"}
+RANGES = {
+    "x": InputRange(min=(1, 4, 32), opt=(2, 16, 32), max=(16, 32, 32)),
+    "x.shape": InputRange(min=(1, 4, 32), opt=(2, 16, 32), max=(16, 32, 32), values=True),
+}
+
+
+def small_graph(*, odd: bool = False) -> onnx.ModelProto:
+    """x (batch, tokens, 32) -> y: an attention with one head of 32 between two products."""
+    rng = np.random.default_rng(0)
+
+    def weight(name: str) -> onnx.TensorProto:
+        return numpy_helper.from_array((rng.standard_normal((32, 32)) / 32**0.5).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w_in"], ["q"], name="in/MatMul"),
+        helper.make_node("Attention", ["q", "x", "x"], ["a"], name="attn/Attention", q_num_heads=1, kv_num_heads=1),
+        helper.make_node("MatMul", ["a", "w_out"], ["m"], name="out/MatMul"),
+        helper.make_node("Tanh", ["m"], ["y"], name="out/Tanh"),
+    ]
+    if odd:
+        nodes[3] = helper.make_node("Odd", ["m"], ["y"], name="out/Odd", domain="org.example")
+    tokens = ["batch", "tokens", 32]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, tokens)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, tokens)],
+            [weight("w_in"), weight("w_out")],
+            value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, tokens) for name in "qam"],
+        ),
+        opset_imports=[helper.make_opsetid("", 23), *([helper.make_opsetid("org.example", 1)] if odd else [])],
+        ir_version=10,
+    )
+
+
+@pytest.fixture
+def graph(tmp_path) -> Path:
+    path = tmp_path / "portable" / "step.onnx"
+    path.parent.mkdir()
+    onnx.save_model(small_graph(), path, save_as_external_data=True, location="weights.bin", size_threshold=100)
+    return path
+
+
+def made(family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32", ranges=RANGES, said=None) -> Plan:
+    folder.mkdir(exist_ok=True)
+    return family.build_for(
+        graph,
+        folder,
+        name="step",
+        recipe=recipe(recipe_name),
+        target=target(name) if isinstance(name, str) else name,
+        ranges=ranges,
+        threads=2,
+        progress=(said if said is not None else []).append,
+    )
+
+
+# ------------------------------------------------------------------------------- a library that does as it is told
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A function that installs a fake release, and gives what was called of it and the graph that it was given."""
+
+    def install(release: str, way: str = "well", **goes):
+        folder = tmp_path / f"fake-{release.replace(' ', '-')}-{way}"
+        folder.mkdir()
+        module, _, version = release.partition(" ")
+        shutil.copy(HERE / "fake_tensorrt.py", folder / f"{module}.py")
+        goes = {"way": way, "inputs": ["x", "x.shape"], **goes}
+        (folder / "release.json").write_text(json.dumps({**RELEASES[release], "version": version, "goes": goes}))
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: "8.9")
+        calls = folder / "calls.jsonl"
+        return (
+            TENSORRT if module == "tensorrt" else TENSORRT_RTX,
+            lambda: [tuple(json.loads(line)) for line in calls.read_text().splitlines()],
+            folder / "parsed.onnx",
+        )
+
+    yield install
+    for module in ("tensorrt", "tensorrt_rtx"):
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_builder_uses_no_name_that_a_release_has_not(fake, graph, tmp_path, release):
+    """The fake has the release's names alone: a call of any other ends the build.
+
+    Of the releases, 10.3, 10.7 and 10.13 lack IAttention, so attention is taken apart before they read the graph;
+    all but TensorRT-RTX lack compute capabilities, so the GPU of the machine is held against the target instead.
+    """
+    family, calls, parsed = fake(release)
+    said: list[str] = []
+    name = "rtx-40" if release.startswith("tensorrt_rtx") else "l4"
+    plan = made(family, graph, tmp_path / "out", name=name, said=said)
+    assert family.version() == release.partition(" ")[2]
+    assert (tmp_path / "out" / plan.file).read_bytes() == b"an engine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step.engine"]
+    rows = calls()
+    assert ("Builder", "create_network", 1) in rows  # 1 << STRONGLY_TYPED, alone in the fake's enumeration
+    assert ("Builder", "max_threads", 2) in rows
+    assert ("IBuilderConfig", "clear_flag", "TF32") in rows
+    assert ("IOptimizationProfile", "set_shape", "x", [1, 4, 32], [2, 16, 32], [16, 32, 32]) in rows
+    assert ("IOptimizationProfile", "set_shape_input", "x.shape", [1, 4, 32], [2, 16, 32], [16, 32, 32]) in rows
+    capabilities = [row[2:] for row in rows if row[1] == "set_compute_capability"]
+    assert capabilities == ([("SM89", 0)] if release.startswith("tensorrt_rtx") else [])
+    read = onnx.load(parsed, load_external_data=False)
+    whole = release not in WITHOUT_ATTENTION
+    assert ("Attention" in {node.op_type for node in read.graph.node}) is whole
+    assert read.opset_import[0].version == (23 if whole else 20)
+    assert ("IAttention", "decomposable", True) in rows if whole else True
+    assert (
+        said == [f"step for {target(name).where}: Building 1/2, {plan.options['build_peak_mb']:.0f} MB"]
+        or len(said) == 1
+    )
+
+
+def test_a_plan_records_what_was_asked_for_and_claims_nothing_that_cannot_be_read_here(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt_rtx 1.7.1")
+    plan = made(family, graph, tmp_path / "out", name="rtx-30-50")
+    assert plan.achieved_precision == {}
+    assert plan.operators == {}
+    assert plan.options["sm"] == ["8.6", "8.9", "12.0"]
+    assert plan.options["tf32"] is False
+    assert plan.options["ranges"]["x"]["max"] == [16, 32, 32]
+    assert 5 < plan.options["build_peak_mb"] < 1000
+
+
+def test_an_engine_for_several_targets_names_each(fake, graph, tmp_path):
+    family, calls, _ = fake("tensorrt_rtx 1.7.1")
+    made(family, graph, tmp_path / "out", name="rtx-30-50")
+    rows = calls()
+    assert ("IBuilderConfig", "num_compute_capabilities", 3) in rows
+    assert [row[2:] for row in rows if row[1] == "set_compute_capability"] == [("SM86", 0), ("SM89", 1), ("SM120", 2)]
+
+
+@pytest.mark.parametrize(
+    ("way", "says"),
+    [
+        ("parse", r"node 'blocks\.0/odd' \(Odd\): No importer .* Hint: the library does not know.* And 2 more\."),
+        ("build", r"node 'product' \(MATRIX_MULTIPLY\): Cannot compile .* Hint: SM 7\.5 .*--recipe fp16"),
+        ("silence", "no reason given"),
+        ("profile", "ranges .* are not taken"),
+        ("kill", r"the build was killed after using \d+ MB, as a rule because memory ran out"),
+        ("crash", r"the build crashed \(SIGABRT\) after using \d+ MB\. the last words"),
+        ("raise", r"ended with code 1 .*something nobody expected"),
+    ],
+)
+def test_a_build_that_fails_says_why(fake, graph, tmp_path, way, says):
+    family, _, _ = fake("tensorrt_rtx 1.7.1", way)
+    with pytest.raises(BuildFailed, match=rf"(?s)TensorRT-RTX cannot build step for rtx-40 \(SM 8\.9\): .*{says}"):
+        made(family, graph, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_shape_tensor_without_known_values_is_refused(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt_rtx 1.7.1", inputs=["x"], shape_tensor="x")
+    with pytest.raises(BuildFailed, match=r"node 'x' \(input\): its values decide shapes"):
+        made(family, graph, tmp_path / "out")
+
+
+def test_an_input_without_a_range_is_refused(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt_rtx 1.7.1", inputs=["x", "surprise"])
+    with pytest.raises(BuildFailed, match=r"node 'surprise' \(input\): no range"):
+        made(family, graph, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("here", "says"), [(None, "there is no NVIDIA GPU"), ("8.6", "the GPU here has SM 8.6")])
+def test_tensorrt_builds_for_no_other_gpu_than_the_one_it_finds(fake, graph, tmp_path, monkeypatch, here, says):
+    family, _, _ = fake("tensorrt 11.4.0")
+    monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: here)
+    with pytest.raises(IncompatibleEngine, match=rf"{says}.*l4 \(SM 8\.9\)"):
+        made(family, graph, tmp_path / "out", name="l4")
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'lehr\[trt-rtx\]'"):
+        TENSORRT_RTX.version()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BuildFailed, match="no Python module 'tensorrt' here.*JetPack"):
+        TENSORRT.version()
+    assert candidates(target("h100"), recipe("fp16")) == ("tensorrt",)
+
+
+def test_both_libraries_are_builders_for_targets():
+    for family in (TENSORRT, TENSORRT_RTX):
+        assert builder(family.module) is family
+        assert isinstance(family, TargetBuilder)
+    assert not isinstance(builder("onnxruntime"), TargetBuilder)
+
+
+# ----------------------------------------------------------------------------------------------- sizes of the inputs
+
+
+def test_ranges_follow_the_models_dimensions_through_expressions_and_shapes(dit_bundle):
+    manifest = Bundle.open(dit_bundle).manifest
+    step = input_ranges(manifest.graphs["step"].signature, manifest.model)
+    table = next(given for name, given in step.items() if len(given.opt) == 3 and given.opt[1] > 1)
+    assert (table.min, table.opt, table.max) == ((1, 1, 128), (1, 49, 128), (1, 196, 128))  # height*width/16 tokens
+    assert step["sample"].max == (MAX_BATCH, 1, 56, 56)
+    prompt = input_ranges(manifest.graphs["prompt"].signature, manifest.model)
+    assert prompt["sample.shape"] == InputRange(min=(1, 1, 4, 4), opt=(2, 1, 28, 28), max=(16, 1, 56, 56), values=True)
+
+
+@pytest.mark.parametrize(
+    ("dim", "low", "high"),
+    [
+        (BATCH, 1, MAX_BATCH),
+        (Dim(name="batch", default=32, max=64), 1, 32),
+        (Dim(name="height", default=64, min=5, max=1000, multiple=8), 8, 128),
+        (Dim(name="height", default=64, max=70, multiple=8), 8, 64),
+        (Dim(name="tokens", default=77, min=77, max=77), 77, 77),
+    ],
+)
+def test_limits_are_sizes_that_the_dimension_allows(dim, low, high):
+    assert limits(dim) == (low, high)
+    for size in (low, high):
+        dim.check(size, "here")
+
+
+@pytest.mark.parametrize(("size", "says"), [("u0", "'u0' that does not follow"), ("64-height", "must not shrink")])
+def test_a_size_without_a_range_is_refused(dit_bundle, size, says):
+    spec = Bundle.open(dit_bundle).manifest.model
+    odd = TensorSpec(name="odd", dtype=DType.FLOAT32, shape=(size,), varies=Varies.PROMPT)
+    with pytest.raises(BuildFailed, match=says):
+        input_ranges(GraphSpec(inputs=(odd,), outputs=()), spec)
+
+
+# -------------------------------------------------------------------------------------------------- the real library
+
+
+def rtx_missing() -> bool:
+    try:
+        TENSORRT_RTX.version()
+    except (MissingExtra, BuildFailed):
+        return True
+    return False
+
+
+real = pytest.mark.skipif(rtx_missing(), reason="TensorRT-RTX is not installed")
+ONE_INPUT = {"x": RANGES["x"]}
+
+
+def engine_bytes(graph: Path, folder: Path, name: str, recipe_name: str = "fp16") -> bytes:
+    plan = made(TENSORRT_RTX, graph, folder, name=name, recipe_name=recipe_name, ranges=ONE_INPUT)
+    return (folder / plan.file).read_bytes()
+
+
+@pytest.fixture
+def half(graph, tmp_path) -> Path:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    return write_half(graph, folder, keep_high=())
+
+
+@real
+def test_a_build_gives_the_same_bytes_again_and_other_bytes_for_another_gpu(half, tmp_path):
+    digests = {}
+    for name in ("rtx-30", "rtx-40", "rtx-50"):
+        first, again = (engine_bytes(half, tmp_path / f"{name}-{k}", name) for k in range(2))
+        assert first == again
+        assert len(first) > 4096  # the weights alone, in half precision
+        digests[name] = hashlib.sha256(first).hexdigest()
+    assert len(set(digests.values())) == 3
+
+
+@real
+@pytest.mark.parametrize(("name", "recipe_name"), [("rtx-40", "fp32"), ("rtx-20", "fp16"), ("rtx-30-50", "fp16")])
+def test_attention_builds_in_fp32_and_on_every_gpu_in_fp16(graph, half, tmp_path, name, recipe_name):
+    given = graph if recipe_name == "fp32" else half
+    assert len(engine_bytes(given, tmp_path / "out", name, recipe_name)) > 4096
+
+
+@real
+def test_products_in_fp32_are_refused_on_turing_with_the_node_and_the_recipe_to_take(graph, tmp_path):
+    with pytest.raises(BuildFailed, match=r"(?s)rtx-20 \(SM 7\.5\): node '.*MatMul.*' .*FP32 GEMM.*--recipe fp16"):
+        engine_bytes(graph, tmp_path / "out", "rtx-20")
+
+
+@real
+def test_an_operator_that_nobody_knows_is_refused_by_name(tmp_path):
+    onnx.save_model(small_graph(odd=True), tmp_path / "step.onnx")
+    with pytest.raises(BuildFailed, match=r"(?s)cannot build step for rtx-40 .*node 'out/Odd' \(Odd\)"):
+        engine_bytes(tmp_path / "step.onnx", tmp_path / "out", "rtx-40")
+
+
+def fp8_graph() -> onnx.ModelProto:
+    """x (batch, tokens, 32) times a matrix, both rounded to fp8."""
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    tokens = ["batch", "tokens", 32]
+    nodes = []
+    for name in ("x", "w"):
+        nodes.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}_q"], name=f"{name}/Q"))
+        nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [f"{name}_d"], name=f"{name}/D")
+        )
+    nodes.append(helper.make_node("MatMul", ["x_d", "w_d"], ["y"], name="MatMul"))
+    zero = helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0])
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "fp8",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, tokens)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, tokens)],
+            [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.float32(0.02), "scale"), zero],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+
+
+@real
+def test_a_format_that_the_gpu_has_not_is_refused(tmp_path):
+    onnx.save_model(fp8_graph(), tmp_path / "step.onnx")
+    assert len(engine_bytes(tmp_path / "step.onnx", tmp_path / "ada", "rtx-40")) > 1024
+    with pytest.raises(BuildFailed, match=r"(?s)rtx-30 \(SM 8\.6\): .*a target lacks a number format"):
+        engine_bytes(tmp_path / "step.onnx", tmp_path / "ampere", "rtx-30")
+
+
+@real
+def test_a_gpu_that_the_library_does_not_know_is_refused_with_those_it_does(half, tmp_path):
+    hopper = Target(
+        name="hopper",
+        summary="",
+        os=("linux",),
+        arch=("x86_64",),
+        libraries=("tensorrt_rtx",),
+        formats=(Format.FP16,),
+        opset=23,
+        sm=("9.0",),
+    )
+    with pytest.raises(BuildFailed, match=r"hopper \(SM 9\.0\): it has no SM90; it knows SM120, SM121, SM75"):
+        made(TENSORRT_RTX, half, tmp_path / "out", name=hopper, recipe_name="fp16", ranges=ONE_INPUT)
+
+
+# ------------------------------------------------------------------------------------------------------ in a bundle
+
+
+@pytest.fixture(scope="module")
+def audited_bundle(dit_bundle, tmp_path_factory) -> Path:
+    from lehr.calibration.audit import audit
+
+    copied = Path(shutil.copytree(dit_bundle, tmp_path_factory.mktemp("audited") / "d.lehr"))
+    audit(Bundle.open(copied), steps=2, num=1, threads=1)
+    return copied
+
+
+@real
+def test_a_bundle_gets_an_engine_for_a_gpu_that_is_not_here_and_says_that_it_cannot_run_it(
+    audited_bundle, tmp_path, capsys
+):
+    bundle = Path(shutil.copytree(audited_bundle, tmp_path / "d.lehr"))
+    assert cli.main(["build", str(bundle), "--target", "rtx-40", "--recipe", "fp16"]) == 0
+    out = capsys.readouterr().out
+    assert "precision unknown" in out
+    assert "cannot run or verify it" in out
+    opened = Bundle.open(bundle)
+    record = engines.find(opened, "rtx-40", "fp16")
+    assert record.library == "tensorrt_rtx"
+    assert record.library_version == TENSORRT_RTX.version()
+    assert record.host == {"os": "linux", "arch": "x86_64"}
+    assert set(record.plans) == set(opened.manifest.graphs)
+    assert "calibration/ranges.json" in record.sources
+    assert record.peak_rss_mb >= max(plan.options["build_peak_mb"] for plan in record.plans.values()) > 50
+    assert record.plans["step"].options["sm"] == ["8.9"]
+    assert engines.differences(opened, record) == ["Lehr has no runtime backend for tensorrt_rtx yet"]
+    for verb in (["run", str(bundle), "-o", str(tmp_path / "x.npz")], ["verify", str(bundle)]):
+        assert cli.main([*verb, "--target", "rtx-40", "--recipe", "fp16"]) == 5
+        assert "no runtime backend" in capsys.readouterr().err
+    assert cli.main(["inspect", str(bundle)]) == 0
+    assert "rtx-40" in capsys.readouterr().out
+
+
+@real
+def test_turing_computes_products_in_fp16_also_in_graphs_that_run_once(audited_bundle, tmp_path):
+    bundle = Path(shutil.copytree(audited_bundle, tmp_path / "d.lehr"))
+    record = build(bundle, target("rtx-20"), recipe("fp16"))
+    assert set(record.plans) == set(Bundle.open(bundle).manifest.graphs)
+
+
+@real
+def test_turing_is_refused_a_model_whose_products_leave_fp16(audited_bundle, tmp_path, capsys):
+    bundle = Path(shutil.copytree(audited_bundle, tmp_path / "d.lehr"))
+    opened = Bundle.open(bundle)
+    ranges = opened.read_json("calibration/ranges.json")
+    product = next(node["node"] for node in ranges["tensors"] if node["operator"] == "MatMul")
+    ranges["findings"] = [{"node": product, "format": "fp16", "kind": "overflows"}]
+    with opened.edit() as edit:
+        edit.add_json("calibration/ranges.json", ranges)
+    assert cli.main(["build", str(bundle), "--target", "rtx-20", "--recipe", "fp16"]) == 2
+    assert f"{product!r} first. Choose a target that has fp32." in capsys.readouterr().err
+
+
+@real
+def test_without_an_audit_a_half_precision_build_is_refused_with_the_command(dit_bundle, tmp_path, capsys):
+    bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
+    for name in ("fp16", "bf16"):
+        assert cli.main(["build", str(bundle), "--target", "rtx-40", "--recipe", name]) == 2
+        assert "lehr audit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("h100", 4, "no Python module 'tensorrt'"),
+        ("cuda", 2, "Lehr has no builder for target 'cuda' yet"),
+        ("rtx-20", 2, "The nearest recipe that it runs: --recipe fp16"),
+    ],
+)
+def test_a_target_that_cannot_be_built_here_says_what_is_missing(
+    dit_bundle, tmp_path, capsys, monkeypatch, name, code, says
+):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
+    assert cli.main(["build", str(bundle), "--target", name, "--recipe", "fp32"]) == code
+    assert says in capsys.readouterr().err

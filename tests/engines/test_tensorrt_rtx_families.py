@@ -1,0 +1,67 @@
+"""Every backbone family, small, through the TensorRT-RTX builder in fp16 for three generations of GPUs.
+
+Whether the engines compute what they should can only be seen on such a GPU; that they build is what this shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lehr.engines.graph.lowering.half import write_half
+from lehr.engines.graph.split import split
+from lehr.engines.graph.weights import bind_weights, save_graph
+from lehr.engines.ranges import input_ranges
+from lehr.engines.target import target
+from lehr.engines.tensorrt_family import TENSORRT_RTX
+from lehr.export.backbones import families, presets
+from lehr.export.trace import trace
+from lehr.export.weights import TorchModuleSource
+from lehr.runtime.engine import STEP
+from lehr.runtime.recipe import recipe
+
+pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
+
+
+def small_configurations() -> ModuleType:
+    """The module that makes presets small, which is a test as well."""
+    file = Path(__file__).parents[1] / "export" / "test_export_families.py"
+    spec = importlib.util.spec_from_file_location("small_configurations", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("name", ["rtx-30", "rtx-40", "rtx-50"])
+def test_a_family_builds_in_fp16(family: str, name: str, tmp_path: Path) -> None:
+    make = small_configurations()
+    first = next(iter(importlib.import_module(f"lehr.export.backbones.{family}").PRESETS))
+    preset = presets()[first]
+    module, spec = make.randomise(preset.build(make.small(preset))), preset.spec
+    parts = split(trace(module, spec), spec)
+    bind_weights([part.model for part in parts.values()], TorchModuleSource(module), tmp_path / "w.safetensors")
+    for part_name, part in parts.items():
+        graph = tmp_path / f"{part_name}.onnx"
+        save_graph(part.model, graph)
+        half, built = tmp_path / f"{part_name}-half", tmp_path / f"{part_name}-built"
+        half.mkdir()
+        built.mkdir()
+        chosen = recipe("fp16" if part_name == STEP else "fp32")
+        plan = TENSORRT_RTX.build_for(
+            write_half(graph, half, keep_high=()) if part_name == STEP else graph,
+            built,
+            name=part_name,
+            recipe=chosen,
+            target=target(name),
+            ranges=input_ranges(part.spec, spec),
+            threads=0,
+            progress=lambda text: None,
+        )
+        assert (built / plan.file).stat().st_size > 1000
