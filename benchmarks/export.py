@@ -6,8 +6,9 @@ Writes benchmarks/results/export.json. Every export is a process of its own, who
 kernel reports (imports included). Folders are diffusers' own, written with random weights in fp16. ``torch`` is plain
 ``torch.onnx.export(dynamo=True)`` of diffusers' module (of ours for digits-dit) with the same dynamic dimensions.
 ``optimum`` is optimum-onnx 0.1.0, whose pins exclude ours: --optimum names a folder with it, transformers 4.57 and
-diffusers 0.39 (``pip install --target DIR``); it exports in fp32 and fixes sizes that it does not know to be dynamic. Lehr
-runs with ``--golden none``, so that nothing but the export is compared.
+diffusers 0.39 (``pip install --target DIR``); it exports in fp32 and fixes sizes that it does not know to be dynamic.
+Lehr runs with ``--golden none``, so that nothing but the export is compared. ``flux-dev 12B`` is a synthetic checkpoint
+of 11.9 billion parameters in bf16 (24 GB, and as much again for the bundle); it runs only when named.
 """
 
 from __future__ import annotations
@@ -67,6 +68,19 @@ tensors = [(n, TensorInfo(np.dtype(np.float16), tuple(t.shape)), lambda s=tuple(
 write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
 """
 
+FLUX_FILE = """
+import sys
+import ml_dtypes, numpy as np, torch
+from lehr.engines.graph.tensor_file import TensorInfo, write_safetensors
+from lehr.export.backbones import preset
+with torch.device("meta"):
+    state = preset("flux-dev").module().state_dict()
+block = np.random.default_rng(0).uniform(-0.02, 0.02, 1 << 20).astype(ml_dtypes.bfloat16)
+write_safetensors(sys.argv[1], [
+    (name, TensorInfo(block.dtype, tuple(tensor.shape)), lambda size=tensor.numel(): np.resize(block, size))
+    for name, tensor in state.items()])
+"""
+
 TORCH_UNET = """
 import sys, torch
 from diffusers import UNet2DConditionModel
@@ -115,7 +129,7 @@ export(unet, UNetOnnxConfig(unet.config, task="semantic-segmentation"), Path(sys
 
 
 def run(command: Sequence[str], made: Path, path: Path | None = None) -> dict[str, Any]:
-    """Run a process, with modules of ``path`` before others; its seconds, peak memory and what it wrote, or how it failed."""
+    """Run a process, modules of ``path`` before others; its seconds, peak memory and output, or how it failed."""
     made.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ if path is None else {**os.environ, "PYTHONPATH": str(path.resolve())}
     started = time.monotonic()
@@ -150,6 +164,10 @@ def measure(case: str, scratch: Path, optimum: Path | None) -> dict[str, Any]:
     """One case with whoever can do it."""
     if case == "flux-dev structure":
         return {"lehr": lehr("flux-dev", scratch, "--structure-only")}
+    if case == BY_HAND:
+        file = scratch / "flux.safetensors"
+        subprocess.run([sys.executable, "-c", FLUX_FILE, str(file)], check=True)
+        return {"lehr": lehr(str(file), scratch, "--preset", "flux-dev", "--golden", "none")}
     if case == "digits-dit":
         made = scratch / "torch" / "m.onnx"
         made.parent.mkdir()
@@ -174,6 +192,7 @@ def measure(case: str, scratch: Path, optimum: Path | None) -> dict[str, Any]:
 
 
 CASES = ("digits-dit", "flux-dev structure", "sd-1.5", "sdxl-base")
+BY_HAND = "flux-dev 12B"
 
 
 def main() -> None:
@@ -189,7 +208,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             known[case] = measure(case, Path(scratch), arguments.optimum)
         print(case, json.dumps(known[case]), file=sys.stderr)
-    write("export", {"cases": {case: known[case] for case in CASES if case in known}})
+    write("export", {"cases": {case: known[case] for case in (*CASES, BY_HAND) if case in known}})
 
 
 if __name__ == "__main__":

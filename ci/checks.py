@@ -141,6 +141,11 @@ class Report:
         return set(self.required) <= seen
 
     @property
+    def verdict(self) -> str:
+        """One sentence's end."""
+        return f"{'passes' if self.passed else 'does NOT pass'} policy {self.policy}"
+
+    @property
     def divergence(self) -> dict[str, dict[str, Any] | None]:
         """By recorded loop."""
         return {name: loop.divergence() for name, loop in self.loops.items()}

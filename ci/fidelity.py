@@ -158,7 +158,7 @@ def floor_of(golden: Golden, recipe: str) -> tuple[Floor | None, str]:
 
 
 def _batches(denoiser: Denoiser, golden: Golden, allowed: Array, outputs: list[Array]) -> list[Check]:
-    """The same samples in another order, and one alone: samples are independent, and nothing is kept that is not theirs.
+    """The same samples in another order, and one alone: samples are independent, and nothing kept is another's.
 
     A cache that hands the first prompt's tensors to the second is right in every batch that repeats the first.
     """
@@ -166,24 +166,27 @@ def _batches(denoiser: Denoiser, golden: Golden, allowed: Array, outputs: list[A
     if batch < 2:
         reason = "one sample is recorded: there is no other order"
         return [Check(name="L1.order", outcome=Outcome.NOT_RUN, reason=reason)]
-    inputs, timestep, own = golden.steps.inputs[k], float(golden.steps.timesteps[k]), outputs[k]
+    inputs, timestep, own, limit = (
+        golden.steps.inputs[k],
+        float(golden.steps.timesteps[k]),
+        outputs[k],
+        float(allowed[k]),
+    )
     batched = {tensor.name for tensor in denoiser.spec.conditions if tensor.batched}
 
-    def asked(choose: Callable[[Array], Array]) -> float:
+    def asked(name: str, words: str, choose: Callable[[Array], Array]) -> Check:
         conditions = {n: choose(v) if n in batched else v for n, v in golden.steps.conditions.items()}
-        return relative_error(choose(own), denoiser(choose(inputs), timestep, conditions))
-
-    rolled = lambda array: np.roll(array, 1, axis=0)  # noqa: E731
-    cases = (("order", "in another order", rolled), ("alone", "evaluated alone", lambda array: array[-1:]))
-    limit, checks = float(allowed[k]), []
-    for name, words, choose in cases:
         try:
-            error = asked(choose)
-            reason = f"samples {words} differ by {error:.2e} at timestep {timestep:g}, limit {limit:.2e}"
-            checks.append(judged(f"L1.{name}", error <= limit, reason, value=error, limit=limit))
+            error = relative_error(choose(own), denoiser(choose(inputs), timestep, conditions))
         except RunFailed as e:
-            checks.append(judged(f"L1.{name}", False, f"samples {words}: {e}"))
-    return checks
+            return judged(name, False, f"samples {words}: {e}")
+        reason = f"samples {words} differ by {error:.2e} at timestep {timestep:g}, limit {limit:.2e}"
+        return judged(name, error <= limit, reason, value=error, limit=limit)
+
+    return [
+        asked("L1.order", "in another order", lambda array: np.roll(array, 1, axis=0)),
+        asked("L1.alone", "evaluated alone", lambda array: array[-1:]),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- L2, whole loops

@@ -1,4 +1,4 @@
-"""The TensorRT builders: held to the names of six releases, to a library that fails in every way, and to the real one."""
+"""The TensorRT builders: held to six releases' names, to a library that fails in every way, and to the real one."""
 
 from __future__ import annotations
 
@@ -88,6 +88,13 @@ def made(family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32"
         threads=2,
         progress=(said if said is not None else []).append,
     )
+
+
+def lehr(*arguments: object) -> int:
+    """Run the command line; returns its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
 
 
 # ------------------------------------------------------------------------------- a library that does as it is told
@@ -215,7 +222,7 @@ def test_a_library_that_is_not_installed_is_named_with_the_way_to_get_it(monkeyp
     with pytest.raises(MissingExtra, match=r"pip install 'lehr\[trt-rtx\]'"):
         TENSORRT_RTX.version()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BuildFailed, match="no Python module 'tensorrt' here.*JetPack"):
+    with pytest.raises(BuildFailed, match=r"no Python module 'tensorrt' here.*JetPack"):
         TENSORRT.version()
     assert candidates(target("h100"), recipe("fp16")) == ("tensorrt",)
 
@@ -388,7 +395,7 @@ def test_a_bundle_gets_an_engine_for_a_gpu_that_is_not_here_and_says_that_it_can
     audited_bundle, tmp_path, capsys
 ):
     bundle = Path(shutil.copytree(audited_bundle, tmp_path / "d.lehr"))
-    assert cli.main(["build", str(bundle), "--target", "rtx-40", "--recipe", "fp16"]) == 0
+    assert lehr("build", bundle, "--target", "rtx-40", "--recipe", "fp16") == 0
     out = capsys.readouterr().out
     assert "precision unknown" in out
     assert "cannot run or verify it" in out
@@ -402,10 +409,10 @@ def test_a_bundle_gets_an_engine_for_a_gpu_that_is_not_here_and_says_that_it_can
     assert record.peak_rss_mb >= max(plan.options["build_peak_mb"] for plan in record.plans.values()) > 50
     assert record.plans["step"].options["sm"] == ["8.9"]
     assert engines.differences(opened, record) == ["Lehr has no runtime backend for tensorrt_rtx yet"]
-    for verb in (["run", str(bundle), "-o", str(tmp_path / "x.npz")], ["verify", str(bundle)]):
-        assert cli.main([*verb, "--target", "rtx-40", "--recipe", "fp16"]) == 5
+    for verb in (["run", bundle, "-o", tmp_path / "x.npz"], ["verify", bundle]):
+        assert lehr(*verb, "--target", "rtx-40", "--recipe", "fp16") == 5
         assert "no runtime backend" in capsys.readouterr().err
-    assert cli.main(["inspect", str(bundle)]) == 0
+    assert lehr("inspect", bundle) == 0
     assert "rtx-40" in capsys.readouterr().out
 
 
@@ -425,7 +432,7 @@ def test_turing_is_refused_a_model_whose_products_leave_fp16(audited_bundle, tmp
     ranges["findings"] = [{"node": product, "format": "fp16", "kind": "overflows"}]
     with opened.edit() as edit:
         edit.add_json("calibration/ranges.json", ranges)
-    assert cli.main(["build", str(bundle), "--target", "rtx-20", "--recipe", "fp16"]) == 2
+    assert lehr("build", bundle, "--target", "rtx-20", "--recipe", "fp16") == 2
     assert f"{product!r} first. Choose a target that has fp32." in capsys.readouterr().err
 
 
@@ -433,7 +440,7 @@ def test_turing_is_refused_a_model_whose_products_leave_fp16(audited_bundle, tmp
 def test_without_an_audit_a_half_precision_build_is_refused_with_the_command(dit_bundle, tmp_path, capsys):
     bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
     for name in ("fp16", "bf16"):
-        assert cli.main(["build", str(bundle), "--target", "rtx-40", "--recipe", name]) == 2
+        assert lehr("build", bundle, "--target", "rtx-40", "--recipe", name) == 2
         assert "lehr audit" in capsys.readouterr().err
 
 
@@ -450,5 +457,5 @@ def test_a_target_that_cannot_be_built_here_says_what_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
-    assert cli.main(["build", str(bundle), "--target", name, "--recipe", "fp32"]) == code
+    assert lehr("build", bundle, "--target", name, "--recipe", "fp32") == code
     assert says in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""L4: what an engine costs beside a baseline's, as ratios new / old measured in one run.
+
+Latency is a median of paired ratios: both engines are evaluated in turn on the same inputs, so what disturbs the
+machine meets both, and the order within a pair alternates. Pairs are added until a bootstrap confidence interval of
+the median (Efron 1979, percentile method) lies on one side of the limit. An interval that never does is a failure: a
+gate that cannot tell does not let pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lehr.ci.checks import Check, judged
+from lehr.ci.policy import CostLimits
+from lehr.runtime import engine as engines
+from lehr.runtime.backends import Session, backend
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.engine import EngineRecord
+from lehr.runtime.errors import InvalidInput
+from lehr.runtime.golden import Golden
+from lehr.runtime.hoisted import PROMPT, SCHEDULE, STEP, Residency, hoisted_denoiser
+from lehr.runtime.host import cores
+
+WARM_UP, LEAST_PAIRS, MOST_PAIRS, BETWEEN_LOOKS = 5, 20, 2000, 10
+RESAMPLES = 1000
+MAX_THREADS = 4  # more wait for each other on small models, and on busy machines for others
+_THREAD_OPTIONS = ("intra_op_threads", "threads")  # what the engine libraries' options call them
+
+# ------------------------------------------------------------------------------------------------------ the rung
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """An older bundle of the same model, and its engine for the same target and recipe."""
+
+    bundle: Bundle
+    record: EngineRecord
+
+
+def baseline_of(bundle: Bundle, record: EngineRecord, old: Bundle) -> Baseline:
+    """The engine in ``old`` that ``record`` is to be compared with.
+
+    Raises:
+        InvalidInput: ``old`` is of another model.
+        BundleError: it has no such engine, or not for this machine.
+    """
+    ours, theirs = bundle.manifest.model, old.manifest.model
+    if ours.name != theirs.name:
+        raise InvalidInput(f"the baseline is of model {theirs.name!r}, expected {ours.name!r}. Give one of that model.")
+    for what in ("inputs", "outputs", "dims"):
+        if getattr(ours, what) != getattr(theirs, what):
+            raise InvalidInput(
+                f"the baseline's model {theirs.name!r} has other {what} than the one to judge, so their cost is not "
+                "comparable. Give a baseline that was exported from the same architecture."
+            )
+    found = engines.find(old, record.target, record.recipe)
+    engines.check(old, found)
+    return Baseline(bundle=old, record=found)
+
+
+def cost(bundle: Bundle, record: EngineRecord, baseline: Baseline, golden: Golden, limits: CostLimits) -> list[Check]:
+    """Checks of L4."""
+    return [_size(bundle, record, baseline, limits), _latency(bundle, record, baseline, golden, limits)]
+
+
+# ------------------------------------------------------------------------------------------------------------ size
+
+
+def engine_bytes(bundle: Bundle, record: EngineRecord) -> int:
+    """Bytes of an engine's files."""
+    return sum(bundle.manifest.files[name].bytes for name in bundle.names(record.folder + "/"))
+
+
+def _size(bundle: Bundle, record: EngineRecord, baseline: Baseline, limits: CostLimits) -> Check:
+    new, old = engine_bytes(bundle, record), engine_bytes(baseline.bundle, baseline.record)
+    ratio = new / old
+    reason = f"{new / 1e6:,.2f} MB beside {old / 1e6:,.2f} MB: ratio {ratio:.3f}, must be below {limits.size_ratio:g}"
+    return judged("L4.size", ratio < limits.size_ratio, reason, value=ratio, limit=limits.size_ratio)
+
+
+# --------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(bundle: Bundle, record: EngineRecord, baseline: Baseline, golden: Golden, limits: CostLimits) -> Check:
+    threads, k = min(cores(), MAX_THREADS), len(golden.steps.timesteps) // 2
+    inputs, timestep = golden.steps.inputs[k], float(golden.steps.timesteps[k])
+    evaluations = []
+    for one, of in ((bundle, record), (baseline.bundle, baseline.record)):
+        denoiser = _at(one, of, threads)
+        evaluations.append(lambda denoiser=denoiser: denoiser(inputs, timestep, golden.steps.conditions))
+    found = paired_ratio(*evaluations, limits, clock=time.perf_counter)
+    reason = (
+        f"ratio {found.median:.3f} [{found.low:.3f}, {found.high:.3f}] over {found.pairs} pairs, batch {len(inputs)}, "
+        f"{threads} threads; must be below {limits.latency_ratio:g}"
+    )
+    if found.decided is None:
+        reason += "; the interval did not decide, which is no pass: repeat on a quieter machine"
+    return judged("L4.latency", found.decided is True, reason, value=found.median, limit=limits.latency_ratio)
+
+
+def _at(bundle: Bundle, record: EngineRecord, threads: int) -> Denoiser:
+    """The engine with all its graphs in memory and a fixed number of threads, whatever it was built with."""
+    graphs = bundle.manifest.graphs
+
+    def load(name: str) -> Session:
+        engines.check(bundle, record, name)
+        plan = record.plans[name]
+        fixed: dict[str, Any] = {key: threads for key in _THREAD_OPTIONS if key in plan.options}
+        return backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), {**plan.options, **fixed})
+
+    signatures = {name: graphs[name].signature for name in (PROMPT, SCHEDULE, STEP) if name in graphs}
+    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """A median of paired ratios with its interval; ``decided`` is True below the limit, False above, None between."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+    decided: bool | None
+
+
+def paired_ratio(
+    new: Callable[[], Any], old: Callable[[], Any], limits: CostLimits, *, clock: Callable[[], float]
+) -> Ratio:
+    """Time two calls in turn until the interval around the median of new / old lies on one side of the limit.
+
+    Args:
+        new, old: what to time.
+        limits: the limit, the interval's confidence, and how long to try.
+        clock: seconds, from anywhere.
+    """
+    for _ in range(WARM_UP):
+        new()
+        old()
+    ratios: list[float] = []
+    begun = clock()
+    while True:
+        first, second = (new, old) if len(ratios) % 2 == 0 else (old, new)
+        a, b = _timed(first, clock), _timed(second, clock)
+        ratios.append(a / b if first is new else b / a)
+        if len(ratios) < LEAST_PAIRS or len(ratios) % BETWEEN_LOOKS:
+            continue
+        low, high = median_interval(np.array(ratios), limits.confidence)
+        decided = True if high < limits.latency_ratio else False if low >= limits.latency_ratio else None
+        if decided is not None or len(ratios) >= MOST_PAIRS or clock() - begun > limits.max_seconds:
+            median = float(np.median(ratios))
+            return Ratio(median=median, low=low, high=high, pairs=len(ratios), decided=decided)
+
+
+def median_interval(values: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    """Bootstrap confidence interval of the median; the same values give the same interval."""
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    medians = np.median(values[draws], axis=1)
+    tail = (1 - confidence) / 2
+    return float(np.quantile(medians, tail)), float(np.quantile(medians, 1 - tail))
+
+
+def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    started = clock()
+    call()
+    return clock() - started
