@@ -211,17 +211,19 @@ def _lowered(
         import onnx_ir as ir
 
         from lehr.engines.graph.lowering.half import write_half
-        from lehr.engines.graph.lowering.products import all_but_products, refuse_large_products
+        from lehr.engines.graph.lowering.products import all_but_products, high_in_copies, refuse_large_products
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "onnx_ir", "export") from e
     dtype = ir.DataType.BFLOAT16 if recipe.arithmetic is Format.BF16 else ir.DataType.FLOAT16
     if name not in (STEP, LOOP):
         return write_half(graph, scratch, keep_high=all_but_products(graph), dtype=dtype)
     keep_high = audited(bundle, recipe.name)
+    copied = bundle.path(bundle.manifest.graphs[STEP].file) if name != STEP else None
     if no_fp32:
         refuse_large_products(bundle, recipe.name, target.name)
-        keep_high &= all_but_products(bundle.path(bundle.manifest.graphs[STEP].file))
-    copied = bundle.path(bundle.manifest.graphs[STEP].file) if name != STEP else None
+        if copied is not None:
+            keep_high, copied = high_in_copies(graph, copied, keep_high), None
+        keep_high &= all_but_products(graph)
     return write_half(graph, scratch, keep_high=keep_high, dtype=dtype, copied=copied)
 
 

@@ -109,12 +109,12 @@ class Target:
             )
 
     def nearest(self, recipe: Recipe) -> Recipe | None:
-        """The recipe whose arithmetic is closest in bits, among those the target runs; of two, the wider one."""
+        """Of the recipes that the target runs, the one whose arithmetic is the same, or closest in bits."""
         able = [other for other in RECIPES.values() if not self._missing(other)]
         bits = _bits(recipe.arithmetic.value)
         return min(
             able,
-            key=lambda r: (abs(_bits(r.arithmetic.value) - bits), -_bits(r.arithmetic.value)),
+            key=lambda r: (r.arithmetic is not recipe.arithmetic, abs(_bits(r.arithmetic.value) - bits)),
             default=None,
         )
 

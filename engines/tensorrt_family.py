@@ -40,6 +40,10 @@ OPSET_WITHOUT_ATTENTION = 20  # what TensorRT 10.3 reads; IAttention, and opset 
 _WORKER = Path(__file__).with_name("tensorrt_worker.py")
 _SHOWN, _TAIL = 3, 600  # problems of one build, and characters of what a killed one printed
 
+# TensorRT-RTX 1.7 fails on group norms in half precision with one channel a group; in pieces they compute in fp32.
+_NORM = "GroupNormalization"
+_COMPILER_BUG = "MyelinCheckException"
+
 # What a message of the library's compiler contains -> what to do about it.
 _HINTS = (
     ("FP32 GEMM is not supported", "SM 7.5 multiplies matrices in fp16 only: use --recipe fp16"),
@@ -111,20 +115,32 @@ class TensorRtBuilder:
         if not ahead:
             self._check_gpu(target)
         plan = folder / f"{name}.engine"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tensorrt-") as scratch:
-            readable = self._readable(graph, target, Path(scratch), attention=hasattr(library, "IAttention"))
-            job = {
-                "module": self.module,
-                "graph": str(readable),
-                "plan": str(plan),
-                "capabilities": [f"SM{sm.replace('.', '')}" for sm in target.sm],
-                "ranges": {key: given.to_json() for key, given in ranges.items()},
-                "threads": threads,
-            }
-            done = self._run(job, Path(scratch), f"{name} for {target.where}", progress)
+        job: dict[str, Any] = {
+            "module": self.module,
+            "plan": str(plan),
+            "capabilities": [f"SM{sm.replace('.', '')}" for sm in target.sm],
+            "ranges": {key: given.to_json() for key, given in ranges.items()},
+            "threads": threads,
+        }
+
+        def attempt(pieces: frozenset[str]) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".tensorrt-") as scratch:
+                readable = self._readable(graph, target, Path(scratch), pieces)
+                return self._run({**job, "graph": str(readable)}, Path(scratch), f"{name} for {target.where}", progress)
+
+        pieces = frozenset() if hasattr(library, "IAttention") else frozenset({"Attention"})
+        try:
+            done = attempt(pieces)
+        except BuildFailed as e:
+            if _COMPILER_BUG not in str(e) or _NORM.encode() not in graph.read_bytes():
+                raise
+            progress(f"{name} for {target.where}: the compiler failed, again with every {_NORM} in pieces")
+            pieces |= {_NORM}
+            done = attempt(pieces)
         options = {
             "sm": list(target.sm),
             "ranges": job["ranges"],
+            "in_pieces": sorted(pieces),
             **done["settings"],
             "layers": done["layers"],
             "build_peak_mb": done["peak"],
@@ -142,22 +158,25 @@ class TensorRtBuilder:
                 "Run lehr build there."
             )
 
-    def _readable(self, graph: Path, target: Target, scratch: Path, *, attention: bool) -> Path:
-        """The graph in an operator set that the library reads: itself, or a lowered copy in ``scratch``."""
-        ceiling = target.opset if attention else min(target.opset, OPSET_WITHOUT_ATTENTION)
-        if attention and ceiling >= PORTABLE_OPSET:
+    def _readable(self, graph: Path, target: Target, scratch: Path, pieces: frozenset[str]) -> Path:
+        """The graph in an operator set that the library reads: itself, or a lowered copy in ``scratch``.
+
+        ``pieces`` are the operators that must be taken apart.
+        """
+        ceiling = min(target.opset, OPSET_WITHOUT_ATTENTION) if "Attention" in pieces else target.opset
+        if not pieces and ceiling >= PORTABLE_OPSET:
             return graph
         try:
             import onnx_ir as ir
 
-            from lehr.engines.graph.lowering import ONNX, TENSORRT_10_3, lower
+            from lehr.engines.graph.lowering import Dialect, lower
             from lehr.engines.graph.lowering.save import write_graph
         except ModuleNotFoundError as e:
             raise MissingExtra(e.name or "onnx_ir", "export") from e
         folder = scratch / "lowered"
         folder.mkdir()
-        model = lower(ir.load(graph), ceiling, ONNX if attention else TENSORRT_10_3)
-        return write_graph(model, folder, graph.name)
+        dialect = Dialect(name=self.module, pieces=pieces)
+        return write_graph(lower(ir.load(graph), ceiling, dialect), folder, graph.name)
 
     # --------------------------------------------------------------------------------------------- the build itself
 

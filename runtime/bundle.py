@@ -94,6 +94,8 @@ class Bundle:
             verify_file(self.root, name, self.manifest.files[name])
 
     def _entry(self, name: str) -> FileEntry:
+        if name in self.manifest.left_out:
+            raise BundleError(f"{self.root} has no file {name!r}: it was left out when the bundle was packed.")
         if name not in self.manifest.files:
             raise BundleError(f"{self.root} has no file {name!r}: the bundle was made without it. Make or export it.")
         return self.manifest.files[name]

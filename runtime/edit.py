@@ -64,6 +64,7 @@ class Edit:
         self._command: tuple[str, ...] = () if before is None else before.command
         self._golden_tier = "none" if before is None else before.golden_tier
         self._parity: Mapping[str, Any] = {} if before is None else before.parity
+        self._left_out: Mapping[str, FileEntry] = {} if before is None else before.left_out
 
     # ----------------------------------------------------------------------------------------- adding files
 
@@ -154,6 +155,7 @@ class Edit:
         command: tuple[str, ...] | None = None,
         golden_tier: str | None = None,
         parity: Mapping[str, Any] | None = None,
+        left_out: Mapping[str, FileEntry] | None = None,
     ) -> None:
         """Replace fields of the manifest; None leaves one as it is. A new bundle needs ``model`` and ``source``."""
         self._model = self._model if model is None else model
@@ -163,6 +165,7 @@ class Edit:
         self._command = self._command if command is None else command
         self._golden_tier = self._golden_tier if golden_tier is None else golden_tier
         self._parity = self._parity if parity is None else dict(parity)
+        self._left_out = self._left_out if left_out is None else dict(left_out)
 
     # ------------------------------------------------------------------------------------------- at the end
 
@@ -189,6 +192,7 @@ class Edit:
             command=self._command,
             golden_tier=self._golden_tier,
             parity=self._parity,
+            left_out={name: entry for name, entry in self._left_out.items() if name not in files},
         )
         text = encode_json(manifest.to_json(), "manifest")
         if len(text) > MAX_MANIFEST_BYTES:
@@ -207,6 +211,15 @@ class Edit:
     def close(self) -> None:
         """Refuse further use."""
         self._open = False
+
+    def check_added(self, expected: Mapping[str, FileEntry]) -> None:
+        """Raise BundleError unless the files added so far have the sizes and hashes of ``expected``."""
+        for name in sorted({*self._added, *expected}):
+            if self._added.get(name) != expected.get(name):
+                raise BundleError(
+                    f"{self._root}: {name!r} is not the file that was recorded (its SHA-256 differs). "
+                    "It was altered or damaged: copy it again."
+                )
 
     def _claim(self, name: str) -> pathlib.Path:
         self._check_usable(name)

@@ -243,7 +243,7 @@ def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
     elif (version := backend(record.library).version()) != record.library_version:
         wrong.append(f"{record.library} is {version} here and {record.library_version} where it was built")
     for name, digest in record.sources.items():
-        entry = bundle.manifest.files.get(name)
+        entry = bundle.manifest.known_files.get(name)
         if entry is None or entry.sha256 != digest:
             wrong.append(f"{name} has changed since it was built")
     return wrong

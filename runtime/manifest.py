@@ -105,6 +105,7 @@ class Manifest:
         command: the command line of the export.
         golden_tier: how much eager data was recorded: "none", "steps" or "full".
         parity: what ``lehr verify`` measured, by engine folder name.
+        left_out: files that the bundle had and this copy of it does not hold (:mod:`lehr.runtime.pack`).
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -116,18 +117,26 @@ class Manifest:
     command: tuple[str, ...]
     golden_tier: str
     parity: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def known_files(self) -> Mapping[str, FileEntry]:
+        """Every file of the bundle, those that were left out included."""
+        return {**self.left_out, **self.files}
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise InvalidInput(f"schema_version is {self.schema_version}, this Lehr writes {SCHEMA_VERSION}")
-        for name in self.files:
+        if both := set(self.files) & set(self.left_out):
+            raise InvalidInput(f"{min(both)!r} is listed in files and in left_out")
+        for name in self.known_files:
             if problem := name_problem(name):
                 raise InvalidInput(f"files: {reprlib.repr(name)} cannot be a file in a bundle: {problem}")
-        if nested := nested_name(self.files):
+        if nested := nested_name(self.known_files):
             raise InvalidInput(f"files: {nested[0]!r} is a file and, because of {nested[1]!r}, a folder too")
         for role, graph in self.graphs.items():
             for part in (graph.file, graph.weights):
-                if part is not None and part not in self.files:
+                if part is not None and part not in self.known_files:
                     raise InvalidInput(f"graphs.{role} refers to {part!r}, which is not listed in files")
         if self.golden_tier not in GOLDEN_TIERS:
             raise InvalidInput(
@@ -147,6 +156,7 @@ class Manifest:
             "command": list(self.command),
             "golden_tier": self.golden_tier,
             "parity": dict(self.parity),
+            "left_out": {name: entry.to_json() for name, entry in self.left_out.items()},
         }
 
     @classmethod
@@ -162,6 +172,7 @@ class Manifest:
         _check_fields(whole, set(cls.__dataclass_fields__), "the manifest")
         graphs = _typed(whole["graphs"], dict, "graphs")
         files = _typed(whole["files"], dict, "files")
+        left_out = _typed(whole["left_out"], dict, "left_out")
         versions = _typed(whole["versions"], dict, "versions")
         command = _typed(whole["command"], list, "command")
         try:
@@ -175,6 +186,7 @@ class Manifest:
                 command=tuple(_typed(word, str, f"command[{i}]") for i, word in enumerate(command)),
                 golden_tier=_typed(whole["golden_tier"], str, "golden_tier"),
                 parity=_typed(whole["parity"], dict, "parity"),
+                left_out={name: _file(item, f"left_out.{name}") for name, item in left_out.items()},
             )
         except InvalidInput as e:
             raise _damaged(str(e)) from e

@@ -14,7 +14,7 @@ import click
 from lehr import __version__
 from lehr.runtime.errors import LehrError
 
-VERBS = ("demo", "list", "export", "build", "run", "verify", "audit", "inspect", "doctor")
+VERBS = ("demo", "list", "export", "build", "run", "verify", "gate", "audit", "inspect", "pack", "unpack", "doctor")
 _SUMMARIES = {  # here, so that --help imports no verb; a test holds them against the verbs' own first lines
     "demo": "Do the main job on the shipped models: export, build, run, verify, a picture and a report.",
     "list": "List backbones, presets, samplers, targets or recipes.",
@@ -22,8 +22,11 @@ _SUMMARIES = {  # here, so that --help imports no verb; a test holds them agains
     "build": "Build an engine for a target into a bundle.",
     "run": "Draw samples with an engine.",
     "verify": "Hold an engine against eager PyTorch's recorded results; exit 1 if it differs.",
+    "gate": "Hold an engine against a release policy; exit 1 if it must not be released.",
     "audit": "Measure activations over the timesteps, and say which layers do not fit fp16, bf16 or fp8.",
     "inspect": "Show what a bundle holds.",
+    "pack": "Write one archive with what a device needs: an engine, its tables, and golden data if asked for.",
+    "unpack": "Make a bundle of an archive that lehr pack wrote, after checking every file in it.",
     "doctor": "Show what this machine can do, and what must be installed for the rest.",
 }
 INTERRUPTED = 130

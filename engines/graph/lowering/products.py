@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "E
 def all_but_products(graph: Path) -> frozenset[str]:
     """Names of the nodes that are no product: what such hardware can compute in float32."""
     return frozenset(f"{node.name}" for node in ir.load(graph).graph if node.op_type not in PRODUCTS)
+
+
+def high_in_copies(graph: Path, copied: Path, keep_high: Collection[str]) -> frozenset[str]:
+    """Names of a whole-loop graph's nodes that stay in float32: what copies no converted node of the step graph.
+
+    Args:
+        graph: the whole loop.
+        copied: the step graph.
+        keep_high: names of its nodes.
+    """
+    converted = {f"{node.name}" for node in ir.load(copied).graph} - set(keep_high)
+    names = [f"{node.name}" for node in ir.load(graph).graph]
+    return frozenset(name for name in names if name.partition("/")[2] not in converted)
 
 
 def refuse_large_products(bundle: Bundle, form: str, target: str) -> None:

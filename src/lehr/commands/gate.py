@@ -49,8 +49,8 @@ def command(
     """
     from lehr.ci import junit as xml
     from lehr.ci.gate import gate
-    from lehr.ci.html import write_report
     from lehr.ci.markdown import append_summary
+    from lehr.ci.page import write_report
     from lehr.ci.policy import policy
     from lehr.runtime import engine as engines
     from lehr.runtime.bundle import Bundle

@@ -90,7 +90,7 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
     graphs = {
         name: {
             "parameters": graph.parameters,
-            "bytes": manifest.files[graph.file].bytes + graph.weight_bytes * (graph.weights is not None),
+            "bytes": manifest.known_files[graph.file].bytes + graph.weight_bytes * (graph.weights is not None),
             "nodes": graph.nodes,
             "flops": graph.flops,
             "cached_bytes": _cached(graph, manifest.model),
