@@ -27,7 +27,7 @@ from environment import RESULTS, write
 MODELS = {  # preset: steps a picture, runs of each variant
     "digits-dit": (20, 7),
     "digits-adm": (20, 7),
-    "dit-xl-2": (4, 3),
+    "dit-xl-2": (8, 3),
 }
 
 RUN = """

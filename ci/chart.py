@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 560, 260  # of the viewBox; the page scales it
+WIDTH, HEIGHT = 440, 240  # of the viewBox; the page scales it
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 14, 42
 _LEAST = 1e-9  # where 0 is drawn
 

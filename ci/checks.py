@@ -76,7 +76,7 @@ class LoopSeries:
     Attributes:
         timesteps: (N,).
         drift: (N + 1,) relative error of the input of each evaluation and of the final sample.
-        explained: (N + 1,) the drift that errors within L1's limits would explain.
+        explained: (N + 1,) the drift that the step before and an error within L1's limits explain.
         diverges_at: the first entry of ``drift`` above ``explained``; None if there is none.
         eager, engine: (B, C, …) final samples.
     """

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lehr.ci.chart import Series, chart
 from lehr.ci.checks import LoopSeries, Outcome, Report
+from lehr.ci.policy import LEVELS
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.picture import grid, to_bytes
 
@@ -41,13 +42,16 @@ table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; font-weight: 600; }
+td:first-child code { font-weight: 400; }
+.facts td:first-child { width: 1%; padding-right: 28px; }
+.verdict ul { margin: 8px 0; padding-left: 20px; }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 .o-pass { color: var(--good); } .o-FAIL { color: var(--bad); } .o-waived { color: var(--warn); }
 .o-note, .o-none { color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px; }
 figure { margin: 0; background: var(--card); border-radius: 4px; padding: 12px; min-width: 0; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+svg text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .mark { stroke: var(--bad); stroke-dasharray: 2 3; }
 polyline { fill: none; stroke-width: 2; }
 .a { stroke: var(--a); } .b { stroke: var(--b); } .limit { stroke: var(--soft); stroke-dasharray: 6 4; }
@@ -63,7 +67,7 @@ polyline { fill: none; stroke-width: 2; }
   .checks tr { display: grid; grid-template-columns: 64px 1fr; padding: 8px 0; border-bottom: 1px solid var(--line); }
   .checks td { border: 0; padding: 0; } .checks td:last-child { grid-column: 2; }
   .facts tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line); }
-  .facts td { display: block; border: 0; padding: 0; }
+  .facts td, .facts td:first-child { display: block; border: 0; padding: 0; width: auto; white-space: normal; }
 }
 """
 
@@ -101,9 +105,21 @@ def _verdict(report: Report) -> str:
     about = f"model {report.model}, engine {report.engine}, requires {', '.join(report.required)}"
     if report.baseline:
         about += f", baseline {report.baseline}"
+    wrong = [
+        f"{level} failed: {', '.join(names)}"
+        for level in LEVELS
+        if (names := [c.name for c in report.checks if c.level == level and c.outcome is Outcome.FAILED])
+    ]
+    wrong += [
+        f"loop {name} {check.reason}"
+        for name, loop in report.loops.items()
+        for check in report.checks
+        if loop.diverges_at is not None and check.name == f"L2.{name}.drift"
+    ]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in wrong)
     return (
         f'<div class="verdict{" good" if report.passed else ""}"><h1>{html.escape(report.bundle)} '
-        f"<b>{html.escape(report.verdict)}</b></h1><p>{counts}</p>"
+        f"<b>{html.escape(report.verdict)}</b></h1><p>{counts}</p>{f'<ul>{items}</ul>' if items else ''}"
         f'<p class="soft">{html.escape(about)}</p></div>'
     )
 
@@ -152,7 +168,7 @@ def _curves(report: Report) -> str:
             range(len(loop.drift)),
             [
                 Series(name="drift from eager", style="b", values=loop.drift),
-                Series(name="explained by L1's limits", style="limit", values=loop.explained),
+                Series(name="explained", style="limit", values=loop.explained),
             ],
             mark=loop.diverges_at,
         )

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 FORMATS = frozenset({Format.FP32, Format.FP16})  # fp16 by casts to float32 around most operators
 LOWERED = frozenset({Format.FP16})
 REFUSES = {Format.BF16: "ONNX Runtime's CPU provider has no bf16 MatMul or Conv"}
-EMBED_BELOW = 1024  # bytes; larger constants go to one external file, since protobuf ends at 2 GB
+EMBED_BELOW = 1 << 16  # bytes; sizes must be in the file, and larger weights outside, since protobuf ends at 2 GB
 
 
 def version() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lehr.ci import cost, fidelity
 from lehr.ci import gate as gates
 from lehr.ci.checks import Outcome

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import re
 from dataclasses import fields
 
 import pytest
+
 from lehr.ci.policy import LEVELS, CostLimits, LoopLimits, StepLimits, policies, policy, read_policy
 from lehr.runtime.errors import InvalidInput, UnknownName
 
@@ -53,7 +55,7 @@ def test_every_threshold_of_a_shipped_policy_has_its_reason_on_the_line(name):
 def test_strict_asks_at_least_what_release_does_and_release_what_smoke_does():
     ladder = [policy(name, TODAY) for name in ("smoke", "release", "strict")]
     for recipe in ("fp32", "fp16", "bf16"):
-        for looser, tighter in zip(ladder, ladder[1:], strict=False):
+        for looser, tighter in itertools.pairwise(ladder):
             a, b = looser.limits_for(recipe), tighter.limits_for(recipe)
             assert b.L1.floor_factor <= a.L1.floor_factor
             assert b.L1.rel_error <= a.L1.rel_error

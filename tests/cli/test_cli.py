@@ -98,6 +98,7 @@ def test_build_run_and_verify_work_where_torch_and_onnx_are_not_installed(built,
         ["build", built, "--target", "cpu"],
         ["run", built, "--num", "2", "-o", tmp_path / "o.png"],
         ["verify", built],
+        ["gate", built, "--policy", "smoke", "--report", tmp_path / "gate"],
     ]
     for command in commands:
         arguments = [str(argument) for argument in command]

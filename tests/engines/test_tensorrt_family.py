@@ -10,14 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lehr import cli
+from lehr.engines import build as building
 from lehr.engines import tensorrt_family
 from lehr.engines.build import build
 from lehr.engines.builders import TargetBuilder, builder, candidates
 from lehr.engines.graph.lowering.half import write_half
+from lehr.engines.graph.lowering.products import PRODUCTS
 from lehr.engines.ranges import MAX_BATCH, InputRange, input_ranges, limits
 from lehr.engines.target import Target, target
 from lehr.engines.tensorrt_family import TENSORRT, TENSORRT_RTX
@@ -25,6 +29,7 @@ from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
+from lehr.runtime.parity import relative_error
 from lehr.runtime.recipe import Format, recipe
 from lehr.runtime.spec import BATCH, Dim, DType, GraphSpec, TensorSpec, Varies
 
@@ -327,6 +332,16 @@ def test_a_build_gives_the_same_bytes_again_and_other_bytes_for_another_gpu(half
 
 
 @real
+def test_bf16_builds_where_the_gpu_has_it(graph, tmp_path):
+    folder = tmp_path / "bf16"
+    folder.mkdir()
+    brain = write_half(graph, folder, keep_high=(), dtype=ir.DataType.BFLOAT16)
+    assert len(engine_bytes(brain, tmp_path / "ampere", "rtx-30", "bf16")) > 4096
+    with pytest.raises(BuildFailed, match=r"rtx-20 \(SM 7\.5\)"):
+        engine_bytes(brain, tmp_path / "turing", "rtx-20", "bf16")
+
+
+@real
 @pytest.mark.parametrize(("name", "recipe_name"), [("rtx-40", "fp32"), ("rtx-20", "fp16"), ("rtx-30-50", "fp16")])
 def test_attention_builds_in_fp32_and_on_every_gpu_in_fp16(graph, half, tmp_path, name, recipe_name):
     given = graph if recipe_name == "fp32" else half
@@ -438,6 +453,28 @@ def test_turing_computes_products_in_fp16_also_in_graphs_that_run_once(audited_b
     bundle = Path(shutil.copytree(audited_bundle, tmp_path / "d.lehr"))
     record = build(bundle, target("rtx-20"), recipe("fp16"))
     assert set(record.plans) == set(Bundle.open(bundle).manifest.graphs)
+
+
+def test_graphs_for_turing_multiply_in_fp16_and_compute_what_the_portable_ones_do(audited_bundle, tmp_path):
+    bundle = Bundle.open(audited_bundle)
+    feeds = building.example_feeds(bundle)
+    for name, entry in bundle.manifest.graphs.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        chosen = recipe("fp16" if name == "step" else "fp32")
+        lowered = building._lowered(bundle, target("rtx-20"), name, chosen, TENSORRT_RTX.LOWERED, folder)
+        products = [node for node in ir.load(lowered).graph if node.op_type in PRODUCTS]
+        assert all(
+            value.dtype == ir.DataType.FLOAT16 for node in products for value in node.inputs if value is not None
+        )
+        assert products or name == "prompt"
+        wanted, got = (
+            ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds[name])
+            for path in (bundle.path(entry.file), lowered)
+        )
+        for a, b in zip(wanted, got, strict=True):
+            assert a.dtype == b.dtype
+            assert relative_error(a[None], b[None]) <= 5e-3
 
 
 @real
