@@ -59,7 +59,7 @@ def chart(
     base = HEIGHT - _BOTTOM
     for k in sorted({round(i * (len(positions) - 1) / 4) for i in range(5)}):
         at = x(positions[k])
-        parts.append(f'<text x="{at:.1f}" y="{base + 16}" text-anchor="middle">{positions[k]:g}</text>')
+        parts.append(f'<text x="{at:.1f}" y="{base + 20}" text-anchor="middle">{positions[k]:g}</text>')
     parts.append(
         f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(axis)}</text>'
     )

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lehr.ci.checks import Check, judged
+from lehr.ci.checks import Check, Outcome, judged
+from lehr.ci.footprint import footprint
 from lehr.ci.policy import CostLimits
 from lehr.runtime import engine as engines
 from lehr.runtime.backends import Session, backend
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.engine import EngineRecord
-from lehr.runtime.errors import InvalidInput
+from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.golden import Golden
 from lehr.runtime.hoisted import PROMPT, SCHEDULE, STEP, Residency, hoisted_denoiser
 
@@ -68,11 +69,15 @@ def baseline_of(bundle: Bundle, record: EngineRecord, old: Bundle) -> Baseline:
 
 
 def cost(bundle: Bundle, record: EngineRecord, baseline: Baseline, golden: Golden, limits: CostLimits) -> list[Check]:
-    """Checks of L4."""
-    return [_size(bundle, record, baseline, limits), _latency(bundle, record, baseline, golden, limits)]
+    """Checks of L4: size and latency are judged, memory and start-up are facts."""
+    return [
+        _size(bundle, record, baseline, limits),
+        *_footprints(bundle, record, baseline),
+        _latency(bundle, record, baseline, golden, limits),
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------ size
+# ------------------------------------------------------------------------------------------- size, memory, start-up
 
 
 def engine_bytes(bundle: Bundle, record: EngineRecord) -> int:
@@ -85,6 +90,23 @@ def _size(bundle: Bundle, record: EngineRecord, baseline: Baseline, limits: Cost
     ratio = new / old
     reason = f"{new / 1e6:,.2f} MB beside {old / 1e6:,.2f} MB: ratio {ratio:.3f}, must be below {limits.size_ratio:g}"
     return judged("L4.size", ratio < limits.size_ratio, reason, value=ratio, limit=limits.size_ratio)
+
+
+def _footprints(bundle: Bundle, record: EngineRecord, baseline: Baseline) -> list[Check]:
+    try:
+        new, old = footprint(bundle, record), footprint(baseline.bundle, baseline.record)
+    except RunFailed as e:
+        return [Check(name="L4.memory", outcome=Outcome.NOT_RUN, reason=str(e))]
+    pairs = {"memory": ("MB", new.peak_mb, old.peak_mb), "start": ("s", new.start_seconds, old.start_seconds)}
+    return [
+        Check(
+            name=f"L4.{name}",
+            outcome=Outcome.NOTED,
+            reason=f"{a:,.3g} {unit} beside {b:,.3g} {unit}, one process each: ratio {a / b:.3f}",
+            value=a / b,
+        )
+        for name, (unit, a, b) in pairs.items()
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- latency

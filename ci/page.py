@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,18 @@ polyline { fill: none; stroke-width: 2; }
 # ------------------------------------------------------------------------------------------------------- the file
 
 
+def make_folder(folder: Path) -> None:
+    """Make the report's folder if it is missing; raises InvalidInput where that cannot be, before any work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InvalidInput(f"cannot make the folder {folder} for the report: {e.strerror}. Name another one.") from e
+    if not os.access(folder, os.W_OK):
+        raise InvalidInput(f"cannot write into {folder}. Name another folder for the report.")
+
+
 def write_report(folder: Path, report: Report) -> Path:
-    """Write ``folder/report.html``, and the folder if it is missing; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``folder/report.html``; returns the file."""
     path = folder / FILE
     path.write_text(page(report), encoding="utf-8")
     return path

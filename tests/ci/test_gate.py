@@ -17,11 +17,13 @@ from lehr import cli
 from lehr.ci import cost, junit
 from lehr.ci import gate as gates
 from lehr.ci.checks import Check, Outcome, Report, StepSeries, first_above, judged
+from lehr.ci.footprint import footprint
 from lehr.ci.markdown import markdown
 from lehr.ci.page import page
 from lehr.ci.policy import CostLimits, policies, policy
 from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.errors import RunFailed
 from lehr.runtime.golden import Tier
 
 TODAY = dt.date(2030, 1, 1)
@@ -213,6 +215,19 @@ def test_a_baseline_of_another_model_is_wrong_usage(dit_bundle, bundle, change, 
     assert says in err
 
 
+@pytest.mark.parametrize(
+    ("option", "name"), [("--junit", "gate.txt"), ("--junit", "gone/gate.xml"), ("--report", "file")]
+)
+def test_a_file_that_cannot_be_written_is_named_before_the_work(
+    dit_bundle, tmp_path, option, name, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gates, "load_denoiser", None)
+    code, _, err = lehr("gate", dit_bundle, "--policy", "smoke", option, tmp_path / name, capsys=capsys)
+    assert code == 2
+    assert name.partition("/")[0] in err
+
+
 # ------------------------------------------------------------------------------------------------------- the files
 
 
@@ -334,6 +349,22 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
         for low, high in (cost.median_interval(np.exp(0.1 * rng.standard_normal(80)), 0.9) for _ in range(150))
     ]
     assert 0.8 <= np.mean(held) <= 0.97
+
+
+def test_memory_and_start_up_are_facts_of_a_process_that_runs_the_engine_alone(dit_bundle):
+    opened = Bundle.open(dit_bundle)
+    record = engines.find(opened, "cpu", "fp32")
+    ballast = np.ones(100_000_000)  # 800 MB that are not the engine's
+    made = footprint(opened, record)
+    assert ballast.nbytes / 1e6 > made.peak_mb > cost.engine_bytes(opened, record) / 1e6
+    assert 0 < made.start_seconds < 60
+
+
+def test_an_engine_whose_process_fails_is_no_fact(dit_bundle):
+    opened = Bundle.open(dit_bundle)
+    record = replace(engines.find(opened, "cpu", "fp32"), library_version="0.1")
+    with pytest.raises(RunFailed, match="measuring the memory"):
+        footprint(opened, record)
 
 
 def test_an_undecided_ratio_is_no_pass(dit_bundle, monkeypatch):

@@ -13,8 +13,11 @@ from lehr.export.eager import eager
 from lehr.export.golden import default_tier, record
 from lehr.runtime import engine as engines
 from lehr.runtime import golden as goldens
+from lehr.runtime import verify as verifying
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.golden import Tier
+from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.verify import psnr_limit, rel_error_limit, replay, verify
 
 
@@ -106,16 +109,14 @@ def sabotaged(monkeypatch, bundle, change):
     """The verdict on an engine whose answers pass through ``change``."""
     opened = Bundle.open(bundle)
     record_ = engines.find(opened, "cpu", "fp32")
-    load = engines.load
+    whole = load_denoiser(opened, record_)
 
-    class Session:
-        def __init__(self) -> None:
-            self.inner = load(opened, record_)
-
+    class Engine:
         def run(self, feeds):
-            return {"output": change(self.inner, dict(feeds))}
+            return whole._run(feeds)
 
-    monkeypatch.setattr(engines, "load", lambda *_: Session())
+    wrapped = Denoiser(whole.spec, lambda feeds: {"output": change(Engine(), dict(feeds))})
+    monkeypatch.setattr(verifying, "load_denoiser", lambda *_: wrapped)
     return verify(opened, record_)
 
 

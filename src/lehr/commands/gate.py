@@ -50,7 +50,7 @@ def command(
     from lehr.ci import junit as xml
     from lehr.ci.gate import gate
     from lehr.ci.markdown import append_summary
-    from lehr.ci.page import write_report
+    from lehr.ci.page import make_folder, write_report
     from lehr.ci.policy import policy
     from lehr.runtime import engine as engines
     from lehr.runtime.bundle import Bundle
@@ -59,6 +59,8 @@ def command(
 
     if junit is not None:
         check_output(junit, (".xml",))
+    if report is not None:
+        make_folder(report)
     try:
         asked = policy(policy_name, dt.datetime.now(tz=dt.timezone.utc).date())
         opened = Bundle.open(bundle)
