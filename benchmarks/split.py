@@ -30,7 +30,7 @@ from lehr.export.source import shipped_weights
 MODELS = {  # preset: steps a picture, runs of each variant
     "digits-dit": (20, 7),
     "digits-adm": (20, 7),
-    "dit-xl-2": (8, 3),
+    "dit-xl-2": (20, 2),
 }
 
 # An architecture that starts from zero would hold pages of zeros, which Linux keeps once for all.

@@ -15,6 +15,7 @@ from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed
 from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.whole_loop import LOOP
 
 Array = npt.NDArray[Any]
 
@@ -45,7 +46,8 @@ def build(
 
     if recipe.arithmetic not in FORMATS:
         raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it computes in fp32 and fp16.")
-    options = {"intra_op_threads": threads, "spinning": False}
+    # A graph that runs once reads each weight once: rearranging them all first would only take time and memory.
+    options = {"intra_op_threads": threads, "spinning": False, "prepacking": name in (STEP, LOOP)}
     plan = folder / f"{name}.onnx"
     made = session_options(options)
     made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -54,7 +56,7 @@ def build(
     made.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(EMBED_BELOW))
     try:
         # A hoisted graph runs once: its 16-bit weights stay as they are stored, not folded into copies twice the size.
-        disabled = [] if name == STEP else ["ConstantFolding"]
+        disabled = [] if name in (STEP, LOOP) else ["ConstantFolding"]
         ort.InferenceSession(graph, made, providers=[PROVIDER], disabled_optimizers=disabled)
         operators, precision = _inspect(plan, feeds, options)
     except FAILURES as e:

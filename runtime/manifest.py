@@ -16,7 +16,7 @@ from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.names import MANIFEST_NAME, name_problem, nested_name
 from lehr.runtime.spec import GraphSpec, ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GOLDEN_TIERS = ("none", "steps", "full")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
