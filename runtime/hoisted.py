@@ -4,8 +4,8 @@ Results are cached sample by sample, under the content of that sample's conditio
 from known samples is served: classifier-free guidance with its two halves, mixed classes, a guidance schedule that
 leaves one half out, the next batch of the same prompt. Nothing is assumed about who calls.
 
-The prompt and schedule graphs run before the loop and are released before the step graph is loaded, so memory peaks
-at the larger of the two phases and not at their sum (:class:`Residency`).
+The prompt and schedule graphs run before the loop and, where they are large, are released before the step graph is
+loaded, so memory peaks at the larger of the two phases and not at their sum (:class:`Residency`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Load = Callable[[str], Session]
 
 PROMPT, SCHEDULE, STEP = "prompt", "schedule", "step"
 SHAPE_SUFFIX = ".shape"
+RELEASED_ABOVE = 1 << 26  # bytes of hoisted plans; loading a step graph again takes some ten milliseconds and more
 CACHE_BYTES = 1 << 30  # of hoisted results kept beyond the call at hand
 CHUNK_BYTES = 1 << 26  # of results made by one call of a hoisted graph
 MAX_SHARED = 8  # sizes and shared conditions remembered at a time
@@ -40,12 +41,16 @@ MAX_SHARED = 8  # sizes and shared conditions remembered at a time
 class Residency(str, Enum):
     """Which graphs stay in memory."""
 
+    AUTO = "auto"  # one phase's where the hoisted graphs are large, else all
     PHASES = "phases"  # those of one phase at a time: before the loop, or in it
     ALL = "all"  # all of them: what a server that changes prompts all the time wants
 
 
-def load_denoiser(bundle: Bundle, record: EngineRecord, *, residency: Residency = Residency.PHASES) -> Denoiser:
+def load_denoiser(bundle: Bundle, record: EngineRecord, *, residency: Residency = Residency.AUTO) -> Denoiser:
     """The network of a bundle, run by one of its engines.
+
+    Graphs of a phase are released for the other's where that frees at least :data:`RELEASED_ABOVE` bytes; below,
+    loading them again at every prompt costs more than it saves.
 
     Raises:
         IncompatibleEngine, BundleError, MissingExtra: see :func:`lehr.runtime.engine.check`.
@@ -54,6 +59,10 @@ def load_denoiser(bundle: Bundle, record: EngineRecord, *, residency: Residency 
     signatures = {name: graphs[name].signature for name in (PROMPT, SCHEDULE, STEP) if name in graphs}
     for name in signatures:
         engines.check(bundle, record, name)
+    if residency is Residency.AUTO:
+        plans = [f"{record.folder}/{name}." for name in signatures if name != STEP]
+        hoisted = sum(bundle.manifest.files[name].bytes for start in plans for name in bundle.names(start))
+        residency = Residency.PHASES if hoisted >= RELEASED_ABOVE else Residency.ALL
     return hoisted_denoiser(
         bundle.manifest.model, signatures, lambda name: engines.load(bundle, record, name), residency=residency
     )
@@ -275,7 +284,7 @@ class HoistedNetwork:
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:
-            if self._residency is Residency.PHASES:
+            if self._residency is not Residency.ALL:
                 self._release(keep=(STEP,) if name == STEP else (PROMPT, SCHEDULE))
             self._sessions[name] = self._load(name)
         return self._sessions[name]

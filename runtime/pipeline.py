@@ -32,7 +32,7 @@ OnStep = Callable[[int, Step], None]
 
 
 def open_denoiser(
-    path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.PHASES
+    path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.AUTO
 ) -> Denoiser:
     """The network of a bundle, run by its engine for ``target`` and ``recipe``; ``residency`` says what stays loaded.
 
@@ -84,7 +84,7 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.PHASES
+        cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.AUTO
     ) -> Pipeline:
         """Load the engine of ``target`` and ``recipe`` from a bundle; raises what :func:`open_denoiser` does."""
         denoiser = open_denoiser(path, target=target, recipe=recipe, residency=residency)

@@ -270,3 +270,25 @@ def test_an_input_called_constant_may_not_change():
     denoiser(x, 2.0, {"ids": np.zeros(2, np.float32)})
     with pytest.raises(InvalidInput, match="'ids' is constant"):
         denoiser(x, 3.0, {"ids": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize(("limit", "together"), [(0, False), (1 << 30, True)])
+def test_hoisted_graphs_are_released_where_they_are_large(limit, together, dit_bundle, monkeypatch):
+    monkeypatch.setattr(hoisted, "RELEASED_ABOVE", limit)
+    real, alive, seen = hoisted.engines.load, set(), []
+
+    class Watched:
+        def __init__(self, session, name):
+            self.session, self.name = session, name
+            alive.add(name)
+            seen.append(set(alive))
+
+        def run(self, feeds):
+            return self.session.run(feeds)
+
+        def __del__(self):
+            alive.discard(self.name)
+
+    monkeypatch.setattr(hoisted.engines, "load", lambda b, r, name: Watched(real(b, r, name), name))
+    Pipeline.open(dit_bundle)(Request(num=1, num_inference_steps=2))
+    assert ({"schedule", "step"} <= seen[-1]) is together
