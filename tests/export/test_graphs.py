@@ -136,9 +136,9 @@ def test_a_half_precision_model_is_stored_in_half(factory, split_bundle, tmp_pat
     drawn = samples(half)
     assert np.abs(drawn - samples(split_bundle)).max() < 0.01
     # The engine of the graph that runs once keeps what was stored; the step engine widens it once and for all.
-    files = {path.name: path.stat().st_size for path in (half.root / "engines").rglob("*") if path.is_file()}
+    size = sum(path.stat().st_size for path in (half.root / "engines").rglob("schedule.*"))
     stored = 2 * half.manifest.graphs["schedule"].parameters
-    assert files["schedule.weights"] + files["schedule.onnx"] < 1.5 * stored + 8192
+    assert stored < size < 1.5 * stored + 8192
 
 
 def test_a_custom_operator_is_refused_and_leaves_nothing(factory, tmp_path):
