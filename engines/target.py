@@ -44,6 +44,7 @@ class Target:
         sm: CUDA compute capabilities, such as ("8.9",); an engine for several runs on each of them.
         native: number formats that the hardware has arithmetic for, those without a recipe included.
         memory_gb, bandwidth_gb_s: smallest and largest of the class, in 10^9 bytes (a second) as vendors count.
+        tflops: format -> 10^12 operations a second at most, without sparsity; the largest of the class.
         dla: deep-learning accelerator cores, fewest and most.
         versions: library -> range of versions, such as ">=10.3,<12".
     """
@@ -60,6 +61,7 @@ class Target:
     native: tuple[str, ...] = ()
     memory_gb: tuple[float, float] | None = None
     bandwidth_gb_s: tuple[float, float] | None = None
+    tflops: Mapping[Format, float] = field(default_factory=dict)
     dla: tuple[int, int] = (0, 0)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ class Target:
         for key in ("memory_gb", "bandwidth_gb_s", "dla"):
             pair = getattr(self, key)
             hold(pair is None or 0 <= pair[0] <= pair[1], f"{key} is {pair}, expected the smallest and the largest")
+        hold(all(peak > 0 for peak in self.tflops.values()), f"tflops is {dict(self.tflops)}, expected figures above 0")
         unknown = sorted(set(self.versions) - set(self.libraries))
         hold(not unknown, f"versions names {unknown}, which are not among its libraries")
         for library, wanted in self.versions.items():
@@ -204,6 +207,7 @@ def read_target(file: Path) -> Target:
         facts["formats"] = tuple(Format(name) for name in facts["formats"])
         facts["hardware"] = {Format(name): tuple(flags) for name, flags in facts.get("hardware", {}).items()}
         facts |= {key: _pair(facts[key]) for key in ("memory_gb", "bandwidth_gb_s", "dla") if key in facts}
+        facts["tflops"] = {Format(name): float(peak) for name, peak in facts.get("tflops", {}).items()}
         return Target(**facts)
     except (TypeError, ValueError) as e:
         raise InvalidInput(f"{file.name} holds a value of another kind than expected: {e}.") from e

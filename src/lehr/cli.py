@@ -14,7 +14,21 @@ import click
 from lehr import __version__
 from lehr.runtime.errors import LehrError
 
-VERBS = ("demo", "list", "export", "build", "run", "verify", "gate", "audit", "inspect", "pack", "unpack", "doctor")
+VERBS = (
+    "demo",
+    "list",
+    "export",
+    "build",
+    "run",
+    "verify",
+    "gate",
+    "bench",
+    "audit",
+    "inspect",
+    "pack",
+    "unpack",
+    "doctor",
+)
 _SUMMARIES = {  # here, so that --help imports no verb; a test holds them against the verbs' own first lines
     "demo": "Do the main job on the shipped models: export, build, run, verify, a picture and a report.",
     "list": "List backbones, presets, samplers, targets or recipes.",
@@ -23,6 +37,7 @@ _SUMMARIES = {  # here, so that --help imports no verb; a test holds them agains
     "run": "Draw samples with an engine.",
     "verify": "Hold an engine against eager PyTorch's recorded results; exit 1 if it differs.",
     "gate": "Hold an engine against a release policy; exit 1 if it must not be released.",
+    "bench": "Measure engines in turn: a step, a loop, start-up, memory, size and the output's error.",
     "audit": "Measure activations over the timesteps, and say which layers do not fit fp16, bf16 or fp8.",
     "inspect": "Show what a bundle holds.",
     "pack": "Write one archive with what a device needs: an engine, its tables, and golden data if asked for.",
