@@ -87,6 +87,7 @@ def made(name: str) -> tuple[nn.Module, ModelSpec, dict[str, int]]:
     base, changes, sizes = MODELS[name]
     chosen = preset(base)
     params = replace(chosen.params, **changes)
+    torch.manual_seed(0)  # biases keep what they are made with
     module = chosen.build(params).eval()
     spec = replace(chosen.spec, inputs=tuple(_narrowed(tensor, changes) for tensor in chosen.spec.inputs))
     weights = shipped_weights(name)

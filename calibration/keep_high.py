@@ -119,11 +119,11 @@ def keep_high(model: ir.Model, found: Iterable[Finding], sample: str, short: Sho
         short: the format.
     """
     nodes = {node.name or "": node for node in model.graph}
-    moving = _dependents(model, sample)
+    moving = dependents(model, sample)
     residual = {node for node, _ in _sums(model, moving)}
-    fed = _dependents(model, None)  # what depends on no input at all is a weight seen from another side
+    fed = dependents(model, None)  # what depends on no input at all is a weight seen from another side
     kept = {node for node in model.graph if _computes(node) and fed.intersection(node.outputs) - moving}
-    kept |= _writers(model)
+    kept |= writers(model)
     for finding in found:
         if finding.format == short.value:
             node = nodes[finding.node]
@@ -143,7 +143,7 @@ class _Judge:
     def __init__(self, model: ir.Model, ranges: Ranges, sample: str) -> None:
         self.model, self.ranges = model, ranges
         self.row = {probe.tensor: k for k, probe in enumerate(ranges.probes)}
-        self.moving = _dependents(model, sample)
+        self.moving = dependents(model, sample)
         self.pieces: dict[str, list[int]] = {}
         for k, probe in enumerate(ranges.probes):
             self.pieces.setdefault(probe.node, []).append(k)
@@ -235,7 +235,7 @@ class _Judge:
 # ---------------------------------------------------------------------------------------------------- structure
 
 
-def _dependents(model: ir.Model, sample: str | None) -> set[ir.Value]:
+def dependents(model: ir.Model, sample: str | None) -> set[ir.Value]:
     """Values that depend on the sample's numbers, of which its sizes are none; with None, on any input or its sizes."""
     moving = {value for value in model.graph.inputs if sample is None or value.name == sample}
     for node in model.graph:
@@ -261,7 +261,7 @@ def _computes(node: ir.Node) -> bool:
     return any(value.dtype == _FLOAT for value in node.outputs)
 
 
-def _writers(model: ir.Model) -> set[ir.Node]:
+def writers(model: ir.Model) -> set[ir.Node]:
     """The last matrix product or convolution before each output, and what comes after it."""
     found: set[ir.Node] = set()
     waiting = [value.producer() for value in model.graph.outputs]

@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from lehr.calibration.probe import PEAK, RMS, Probe, instrument
-from lehr.runtime import golden
-from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
+from lehr.calibration.trajectories import BATCH, calibration_request, portable_denoiser, portable_session
+from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.denoiser import synthetic_conditions
-from lehr.runtime.errors import BundleError, InvalidInput, RunFailed
-from lehr.runtime.hoisted import STEP, hoisted_denoiser
+from lehr.runtime.errors import BundleError, RunFailed
+from lehr.runtime.hoisted import STEP
 from lehr.runtime.loop import Step
-from lehr.runtime.pipeline import Pipeline, Request
+from lehr.runtime.pipeline import Pipeline
 from lehr.runtime.stored_tables import StoredTables
 
 Array = npt.NDArray[Any]
 OnStep = Callable[[int, int], None]
 
 BUCKETS = 10  # of timesteps; steps of one bucket are judged together
-BATCH = 4  # samples at once: ranges need no more memory than drawing does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,26 +75,18 @@ def measure(
     spec, entry = bundle.manifest.model, bundle.manifest.graphs[STEP]
     if entry.weights is None:
         raise BundleError(f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only.")
-    request, conditions = _request(bundle, steps, num)
+    num = num or min(spec.num_classes or 2, 10)
+    request, conditions = calibration_request(bundle, steps=steps, num=num, seed=0)
     graph = bundle.path(entry.file)
     bundle.path(entry.weights)
     model, probes = instrument(ir.load(graph))
     weights = _weight_peaks(model)
     observed = _Observed(ir.to_proto(model).SerializeToString(), graph.parent, threads)
 
-    def load(name: str) -> Any:
-        if name == STEP:
-            return observed
-        other = bundle.manifest.graphs[name]
-        for file in (other.file, other.weights):
-            if file:
-                bundle.path(file)
-        return OnnxRuntimeSession(_session(str(bundle.path(other.file)), graph.parent, threads))
-
-    signatures = {name: part.signature for name, part in bundle.manifest.graphs.items()}
-    pipeline = Pipeline(hoisted_denoiser(spec, signatures, load), tables=StoredTables(bundle))
+    denoiser = portable_denoiser(bundle, lambda: observed, threads=threads)
+    pipeline = Pipeline(denoiser, tables=StoredTables(bundle))
     table = pipeline.table(request)
-    bucket = _buckets(table.timesteps)
+    bucket = buckets(table.timesteps)
     peak = np.zeros((len(probes), max(bucket.values()) + 1), np.float32)
     square, count = np.zeros(peak.shape), np.zeros(peak.shape[1])
     total, done = len(table) * -(-request.count // BATCH), 0
@@ -134,32 +123,11 @@ def measure(
     )
 
 
-def _buckets(timesteps: Array) -> dict[float, int]:
+def buckets(timesteps: Array) -> dict[float, int]:
     """Timestep -> bucket, equally many different timesteps in each, in the order in which they first come."""
     different = list(dict.fromkeys(timesteps.tolist()))
     parts = np.array_split(np.arange(len(different)), min(BUCKETS, len(different)))
     return {different[i]: k for k, part in enumerate(parts) for i in part.tolist()}
-
-
-def _request(bundle: Bundle, steps: int | None, num: int | None) -> tuple[Request, str]:
-    """What to draw, and where its conditions come from."""
-    spec = bundle.manifest.model
-    num = num or min(spec.num_classes or 2, 10)
-    names = [tensor.name for tensor in spec.conditions]
-    if not names or names == ["class_labels"]:
-        return Request(num=num, num_inference_steps=steps, batch=BATCH), "class labels" if names else "none"
-    recorded = golden.read(bundle).steps.conditions if golden.INDEX_FILE in bundle.manifest.files else {}
-    source = "golden" if recorded else "synthetic"
-    found = recorded or synthetic_conditions(spec, num, seed=0)
-    conditions = {
-        tensor.name: np.resize(found[tensor.name], (num, *found[tensor.name].shape[1:]))
-        if tensor.shape[:1] == ("batch",)
-        else found[tensor.name]
-        for tensor in spec.conditions
-    }
-    # What guidance subtracts is not known here; without guidance the network sees the condition alone.
-    request = Request(num=num, num_inference_steps=steps, batch=BATCH, conditions=conditions, guidance_scale=1.0)
-    return request, source
 
 
 def _weight_peaks(model: ir.Model) -> dict[str, float]:
@@ -175,7 +143,7 @@ class _Observed:
     """The instrumented step graph as a session: returns what the step graph does, and keeps what was measured."""
 
     def __init__(self, graph: bytes, weights: Path, threads: int) -> None:
-        self._session = OnnxRuntimeSession(_session(graph, weights, threads))
+        self._session = OnnxRuntimeSession(portable_session(graph, weights, threads))
         self._taken: list[tuple[Array, Array]] = []
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -187,15 +155,3 @@ class _Observed:
         """What was measured since this was last asked."""
         taken, self._taken = self._taken, []
         return taken
-
-
-def _session(graph: bytes | str, weights: Path, threads: int) -> ort.InferenceSession:
-    options = session_options({"intra_op_threads": threads, "spinning": False})
-    # In the graph's order a tensor is measured as soon as it is there; ONNX Runtime's default order keeps all of them.
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    if isinstance(graph, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    try:
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
-    except FAILURES as e:
-        raise InvalidInput(f"ONNX Runtime cannot run the graph with its measurements: {e}") from e

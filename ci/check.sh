@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The one command that must pass, here and on a build server: format, lint, types, layers, the device part, tests.
+# The one command that must pass, here and on a build server: format, lint, types, layers, the device part, the release
+# gate on the reference models, tests.
 #
 #   bash ci/check.sh            everything
-#   bash ci/check.sh --fast     everything but the tests
+#   bash ci/check.sh --fast     everything but the gate and the tests
 #
 # Every step runs, whatever the ones before it said. Exit codes: 0 all passed, 1 a step failed, 2 wrong usage, 6
 # something must be installed.
@@ -42,6 +43,7 @@ step types "$bin/python" -m mypy
 step types-3.10 "$bin/python" -m mypy --python-version 3.10 -p lehr.runtime -p lehr.engines -p lehr.ci -p lehr.commands -m lehr.cli
 step layers "$bin/lint-imports" --no-logo
 step device bash ci/jetpack.sh
+[ -n "$fast" ] || step gate bash ci/gate_reference_models.sh
 [ -n "$fast" ] || step tests "$bin/python" -m pytest
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+REPORT_SCHEMA = 1  # of a report's JSON; what reads it back refuses any other
+
 
 class Outcome(str, Enum):
     """What became of a check; the value is the word that people read."""
@@ -102,6 +104,59 @@ class LoopSeries:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What is to blame.
+
+    Attributes:
+        kind: "layer", "inputs", "guidance", "sampler", "noise" or "unknown".
+        text: for people.
+        graph, layer, tensor, timestep: where it is a layer.
+        unseen: layers that are fused with that one.
+    """
+
+    kind: str
+    text: str
+    graph: str | None = None
+    layer: str | None = None
+    unseen: tuple[str, ...] = ()
+    tensor: str | None = None
+    timestep: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "text": self.text,
+            "graph": self.graph,
+            "layer": self.layer,
+            "unseen": list(self.unseen),
+            "tensor": self.tensor,
+            "timestep": self.timestep,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistributionSeries:
+    """What was drawn and measured.
+
+    Attributes:
+        network, sha256: whose features.
+        samples: how many of each.
+        noise: Fréchet distance of two independent sets of this size, from the reference's halves.
+        reference, engine: the first samples of each.
+    """
+
+    network: str
+    sha256: str
+    samples: int
+    noise: float
+    reference: Array = field(repr=False)
+    engine: Array = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"network": self.network, "sha256": self.sha256, "samples": self.samples, "noise": self.noise}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """All that the gate found out about one engine.
 
@@ -114,6 +169,10 @@ class Report:
         steps, loops: what was measured, for curves and pictures.
         value_range: of the model's samples.
         environment, hashes: where, and of what; by name.
+        culprit: what is to blame for failures of L0 to L2.
+        distribution: what L3 drew.
+        pictures: PNG files of the bundle's calibration, by name.
+        history: recorded parity of the baseline and of this bundle: column -> measure -> value.
     """
 
     bundle: str
@@ -131,6 +190,10 @@ class Report:
     value_range: tuple[float, float]
     environment: Mapping[str, str]
     hashes: Mapping[str, str]
+    culprit: Found | None = None
+    distribution: DistributionSeries | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    history: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -161,6 +224,7 @@ class Report:
             series |= {"timesteps": list(steps.timesteps), "rel_error": list(steps.rel_error)}
             series |= {"limits": list(steps.limits)}
         return {
+            "schema": REPORT_SCHEMA,
             "passed": self.passed,
             "bundle": self.bundle,
             "model": self.model,
@@ -171,6 +235,8 @@ class Report:
             "policy": {"name": self.policy, "sha256": self.policy_sha256, "required": list(self.required)},
             "checks": [check.to_json() for check in self.checks],
             "divergence": self.divergence,
+            "culprit": None if self.culprit is None else self.culprit.to_json(),
+            "distribution": None if self.distribution is None else self.distribution.to_json(),
             "series": series,
             "environment": dict(self.environment),
             "hashes": dict(self.hashes),

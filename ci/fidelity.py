@@ -20,10 +20,13 @@ from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.golden import Floor, Golden, Trajectory
+from lehr.runtime.noise import batch_normal
 from lehr.runtime.parity import WORST, compare, decibels, relative_error, score
+from lehr.runtime.pipeline import Pipeline
 from lehr.runtime.prediction import Prediction
+from lehr.runtime.request import Request
 from lehr.runtime.solver_table import SolverTable
-from lehr.runtime.solvers import default_sampler, solver_table
+from lehr.runtime.solvers import default_sampler, samplers, solver_table
 from lehr.runtime.spec import ModelSpec
 from lehr.runtime.verify import precision_problem, replay, score_error, step_outputs, value_problem
 
@@ -41,7 +44,7 @@ def structure(
     denoiser: Denoiser, record: EngineRecord, golden: Golden, outputs: list[Array]
 ) -> tuple[list[Check], bool]:
     """Checks of L0, and whether the engine can be evaluated at all; fills ``outputs`` with the recorded evaluations."""
-    checks = [_contract(denoiser.spec, golden), _precision(record)]
+    checks = [_contract(denoiser.spec, golden), *_noise(golden), _precision(record)]
     try:
         outputs.extend(step_outputs(denoiser, golden))
     except RunFailed as e:
@@ -50,7 +53,9 @@ def structure(
     problems = ((k, value_problem(output)) for k, output in enumerate(outputs))
     bad = next(((k, problem) for k, problem in problems if problem), None)
     if bad is not None:
-        reason = f"{bad[1]} at timestep {golden.steps.timesteps[bad[0]]:g}"
+        broken = [k for k, sample in enumerate(outputs[bad[0]]) if not np.all(np.isfinite(sample))]
+        which = f" in sample {broken[0]}" if broken else ""
+        reason = f"{bad[1]}{which} at timestep {golden.steps.timesteps[bad[0]]:g}"
         return [*checks, judged("L0.values", False, reason)], True
     return [*checks, judged("L0.values", True, "finite and not constant at every timestep")], True
 
@@ -108,6 +113,19 @@ def _said(prediction: Prediction) -> str:
     return f"{'-' if prediction.sign < 0 else ''}{prediction.kind.value}"
 
 
+def _noise(golden: Golden) -> list[Check]:
+    """``run`` draws the recorded noise from the recorded seed, sample by sample: other noise is another picture."""
+    known = [loop for loop in golden.trajectories if loop.seed is not None]
+    for loop in known:
+        drawn = batch_normal(loop.seed or 0, range(len(loop.x_T)), loop.x_T.shape[1:])
+        start = drawn * np.float32(loop.table.init_noise_sigma)
+        rows = [k for k in range(len(start)) if not _same(start[k], loop.x_T[k])]
+        if rows:
+            reason = f"seed {loop.seed} gives other noise for sample {rows[0]} of loop {loop.name} than was recorded"
+            return [judged("L0.noise", False, reason)]
+    return [judged("L0.noise", True, "recorded seeds give the recorded noise, sample by sample")] if known else []
+
+
 def _same(a: Array, b: Array) -> bool:
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=SAME_TABLE, atol=SAME_TABLE))
 
@@ -148,6 +166,8 @@ def step_limits(golden: Golden, limits: Limits, recipe: str) -> tuple[Array, str
         why = f": {floor.unavailable}" if floor and floor.unavailable else ""
         return least, f"absolute; no {name} floor{why}"
     own = np.asarray(floor.rel_error)
+    if floor.stated:
+        return np.maximum(own, least), f"what recipe {name} states"
     own = limits.L1.floor_factor * np.where(golden.steps.alphas == 0, own.max(), own)
     return np.maximum(own, least), f"{limits.L1.floor_factor:g} x eager's {name}, at least {limits.L1.rel_error:.0e}"
 
@@ -217,6 +237,41 @@ def loop(
     return [*checks, _divergence(f"L2.{trajectory.name}.drift", series)], series
 
 
+def drawn(denoiser: Denoiser, record: EngineRecord, golden: Golden, limits: Limits) -> list[Check]:
+    """The last recorded loop once more, as ``lehr run`` draws it: by seed, in two batches, through the pipeline."""
+    # Recorded loops inject noise of their own, so samplers that inject any draw something else by seed.
+    known = [loop for loop in golden.trajectories if loop.seed is not None and not loop.table.num_noises]
+    loops = [loop for loop in known if loop.table.sampler in samplers()]
+    if not loops:
+        return []
+    loop, batch = loops[-1], len(loops[-1].x_T)
+    labels = loop.conditions["class_labels"].tolist() if set(loop.conditions) == {"class_labels"} else []
+    request = Request(
+        num=batch,
+        seed=loop.seed or 0,
+        sampler=loop.table.sampler,
+        num_inference_steps=int(loop.table.options.get("num_inference_steps", len(loop.table))),
+        guidance_scale=loop.guidance_scale,
+        class_labels=labels,
+        conditions={} if labels else loop.conditions,
+        unconditional={} if labels else loop.unconditional,
+        batch=-(-batch // 2),
+        sizes={
+            str(name): size
+            for name, size in zip(denoiser.spec.sample.shape[1:], loop.x_T.shape[1:], strict=True)
+            if isinstance(name, str)
+        },
+    )
+    allowed = loop_limits(golden, limits.L2, record.recipe)["psnr_db"]
+    words = f"seed {loop.seed} drawn in two batches"
+    try:
+        found = compare(loop.final, Pipeline(denoiser)(request), denoiser.spec.value_range).psnr_db
+    except (RunFailed, InvalidInput) as e:
+        return [judged("L2.run.psnr_db", False, f"{words}: {e}")]
+    reason = f"{words}: {found:.1f} dB from eager's, at least {allowed:.9g} dB"
+    return [judged("L2.run.psnr_db", found >= allowed, reason, value=found, limit=allowed)]
+
+
 def _final(prefix: str, measured: Mapping[str, float], allowed: Mapping[str, float]) -> list[Check]:
     checks = []
     for name, limit in allowed.items():
@@ -234,6 +289,9 @@ def loop_limits(golden: Golden, limits: LoopLimits, recipe: str) -> dict[str, fl
     floor, _ = floor_of(golden, recipe)
     slack = decibels(limits.floor_factor**2, 1)
     psnr, snr = limits.psnr_db, limits.snr_db
+    if floor is not None and floor.stated and floor.psnr_db is not None:
+        # What is stated is the error beside the value range; beside the sample's variance it is less by as much.
+        psnr, snr = floor.psnr_db, snr + floor.psnr_db - psnr
     if floor is not None and floor.psnr_db is not None and floor.snr_db is not None:
         psnr, snr = min(psnr, floor.psnr_db - slack), min(snr, floor.snr_db - slack)
     return {

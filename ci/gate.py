@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from lehr import __version__
 from lehr.ci import fidelity
-from lehr.ci.checks import Check, LoopSeries, Outcome, Report, StepSeries
+from lehr.ci.checks import Check, DistributionSeries, LoopSeries, Outcome, Report, StepSeries
 from lehr.ci.cost import baseline_of, cost
-from lehr.ci.policy import Policy
+from lehr.ci.distribution import Networks, distribution, judgeable
+from lehr.ci.locate import as_check, locate
+from lehr.ci.policy import LEVELS, Policy
+from lehr.ci.window import missing, window
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import BundleError, InvalidInput
-from lehr.runtime.golden import INDEX_FILE, STEPS_FILE, Golden, read
+from lehr.runtime.golden import Golden, read
 from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.host import cores, cpu_name
+from lehr.runtime.jsonlike import encode_json
 from lehr.runtime.verify import prepare
 
+MODEL_HASH = "manifest.json#model"  # what names the hash of the model's description, which is no file of its own
 
-def gate(bundle: Bundle, record: EngineRecord, policy: Policy, *, baseline: Bundle | None = None) -> Report:
+
+def gate(
+    bundle: Bundle,
+    record: EngineRecord,
+    policy: Policy,
+    *,
+    baseline: Bundle | None = None,
+    networks: Networks | None = None,
+) -> Report:
     """Hold one engine against a policy.
 
     Args:
@@ -30,9 +46,11 @@ def gate(bundle: Bundle, record: EngineRecord, policy: Policy, *, baseline: Bund
         record: its engine.
         policy: what to ask.
         baseline: an older bundle of the same model, for L4.
+        networks: feature networks that the user names, for L3.
 
     Raises:
-        InvalidInput: a baseline of another model, or none where the policy requires L4.
+        InvalidInput: a baseline of another model, or none where the policy requires L4; or no feature network, or
+            one that cannot be used, where it requires L3.
         BundleError: damaged files, an engine of another machine or of other weights, or golden data that the policy
             requires and the bundle has not.
     """
@@ -46,10 +64,17 @@ def gate(bundle: Bundle, record: EngineRecord, policy: Policy, *, baseline: Bund
         raise InvalidInput(
             f"policy {policy.name!r} requires L4, a comparison of cost: name an older bundle, --baseline."
         )
+    given = networks or Networks()
+    required = _required(bundle, policy, given)
     old = None if baseline is None else baseline_of(bundle, record, baseline)  # before the work, for a wrong bundle
     denoiser = load_denoiser(bundle, record)
     prepare(denoiser, golden)
     checks, steps, loops = judge(denoiser, record, golden, policy)
+    found = locate(bundle, record, denoiser, golden, checks, steps)
+    if found is not None:
+        checks.append(as_check(found))
+    drawn, series = _drawn(bundle, record, denoiser, golden, policy, given, checks)
+    checks += drawn
     if old is not None:
         checks += cost(bundle, record, old, golden, policy.limits_for(record.recipe).L4)
     else:
@@ -63,13 +88,17 @@ def gate(bundle: Bundle, record: EngineRecord, policy: Policy, *, baseline: Bund
         baseline=None if baseline is None else baseline.root.name,
         policy=policy.name,
         policy_sha256=policy.sha256,
-        required=policy.required,
+        required=required,
         checks=(*_waived(checks, policy, record.recipe), *_unused(checks, policy, record.recipe)),
         steps=steps,
         loops=loops,
         value_range=bundle.manifest.model.value_range,
         environment=_environment(record),
         hashes=_hashes(bundle, record),
+        culprit=found,
+        distribution=series,
+        pictures=_pictures(bundle),
+        history=_history(bundle, record, baseline),
     )
 
 
@@ -93,13 +122,57 @@ def judge(
     for trajectory in golden.trajectories:
         found, loops[trajectory.name] = fidelity.loop(denoiser, record, golden, limits, trajectory)
         checks += found
+    checks += fidelity.drawn(denoiser, record, golden, limits)
     if not golden.trajectories:
         reason = f"golden data of tier {golden.tier.value!r} holds no loops"
         checks.append(Check(name="L2.loops", outcome=Outcome.NOT_RUN, reason=reason))
     return checks, steps, loops
 
 
+# ------------------------------------------------------------------------------------------------- L3, many samples
+
+
+def _required(bundle: Bundle, policy: Policy, given: Networks) -> tuple[str, ...]:
+    """The levels that must have been judged, for this model; raises InvalidInput where L3 cannot be and must."""
+    if policy.window is not None and (absent := missing(given)):
+        raise InvalidInput(f"policy {policy.name!r} judges pictures in absolute windows and needs {'; '.join(absent)}.")
+    required = set(policy.required)
+    problem = judgeable(bundle, given)
+    if problem is None or given.features is not None:
+        required |= set(policy.required_with_features)
+    if "L3" in required and policy.window is None and problem is not None:
+        raise InvalidInput(f"policy {policy.name!r} requires L3, many samples: {problem}.")
+    return tuple(level for level in LEVELS if level in required)
+
+
+def _drawn(
+    bundle: Bundle,
+    record: EngineRecord,
+    denoiser: Denoiser,
+    golden: Golden,
+    policy: Policy,
+    given: Networks,
+    before: list[Check],
+) -> tuple[list[Check], DistributionSeries | None]:
+    limits = policy.limits_for(record.recipe).L3
+    problem = judgeable(bundle, given)
+    wrong = [check.name for check in before if check.outcome is Outcome.FAILED]
+    if wrong and not all(_is_waived(name, policy, record.recipe) for name in wrong):
+        problem = f"not reached: {wrong[0]} failed"
+    elif not limits.samples and policy.window is None:
+        problem = f"policy {policy.name} draws no samples"
+    elif policy.window is not None:
+        return window(bundle, denoiser, golden, policy.window, given), None
+    if problem is not None:
+        return [Check(name="L3.samples", outcome=Outcome.NOT_RUN, reason=problem)], None
+    return distribution(bundle, denoiser, golden, limits, given)
+
+
 # --------------------------------------------------------------------------------------------------------- waivers
+
+
+def _is_waived(name: str, policy: Policy, recipe: str) -> bool:
+    return any(waiver.covers(name, recipe) for waiver in policy.waivers)
 
 
 def _waived(checks: list[Check], policy: Policy, recipe: str) -> list[Check]:
@@ -127,6 +200,42 @@ def _unused(checks: list[Check], policy: Policy, recipe: str) -> list[Check]:
     ]
 
 
+# ---------------------------------------------------------------------------------------- what the bundle holds more
+
+MAX_PICTURE = 400_000  # bytes of one picture in a report, and MAX_PICTURES of all of them
+MAX_PICTURES = 900_000
+
+
+def _pictures(bundle: Bundle) -> dict[str, bytes]:
+    """Heat maps that calibration left in the bundle, as far as a report has room for them."""
+    found: dict[str, bytes] = {}
+    for name in bundle.names("calibration/"):
+        size = bundle.manifest.files[name].bytes
+        if name.endswith(".png") and size <= MAX_PICTURE and size + sum(map(len, found.values())) <= MAX_PICTURES:
+            found[name] = bundle.read_bytes(name, MAX_PICTURE)
+    return found
+
+
+def _history(bundle: Bundle, record: EngineRecord, baseline: Bundle | None) -> dict[str, dict[str, float]]:
+    """Parity that ``lehr verify`` recorded in the baseline and here: column -> measure -> value."""
+    columns = {"this bundle": bundle} if baseline is None else {baseline.root.name: baseline, "this bundle": bundle}
+    made: dict[str, dict[str, float]] = {}
+    for title, one in columns.items():
+        levels: Mapping[str, Any] = next((v for name, v in one.manifest.parity.items() if _same_kind(name, record)), {})
+        made[title] = {
+            f"{level}.{key}": float(value)
+            for level, measures in levels.items()
+            if isinstance(measures, dict)
+            for key, value in measures.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+    return made if any(made.values()) else {}
+
+
+def _same_kind(folder: str, record: EngineRecord) -> bool:
+    return folder.startswith(f"engines/{record.target}--{record.recipe}--")
+
+
 # ------------------------------------------------------------------------------------------------- where, of what
 
 
@@ -141,8 +250,16 @@ def _environment(record: EngineRecord) -> dict[str, str]:
     }
 
 
+def model_hash(bundle: Bundle) -> str:
+    """SHA-256 of what the manifest says of the model: path, prediction, sampler, inputs and outputs."""
+    return hashlib.sha256(encode_json(bundle.manifest.model.to_json(), "model")).hexdigest()
+
+
 def _hashes(bundle: Bundle, record: EngineRecord) -> dict[str, str]:
     """SHA-256 of what was judged and of what it was held against, as the manifest has them."""
-    names = [*record.sources, f"{record.folder}/build.json", INDEX_FILE, STEPS_FILE]
-    names += [f"{record.folder}/{plan.file}" for plan in record.plans.values()]
-    return {name: bundle.manifest.files[name].sha256 for name in sorted(names) if name in bundle.manifest.files}
+    names = {*record.sources, *bundle.names("golden/")}
+    names |= {part for graph in bundle.manifest.graphs.values() for part in (graph.file, graph.weights) if part}
+    names |= set(bundle.names(f"{record.folder}/"))
+    known = bundle.manifest.known_files
+    found = {name: known[name].sha256 for name in sorted(names) if name in known}
+    return {**found, MODEL_HASH: model_hash(bundle)}

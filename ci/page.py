@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.ci.chart import Series, chart
-from lehr.ci.checks import LoopSeries, Outcome, Report
+from lehr.ci.checks import DistributionSeries, LoopSeries, Outcome, Report
 from lehr.ci.policy import LEVELS
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.picture import grid, to_bytes
@@ -23,6 +24,8 @@ FILE = "report.html"
 MAX_PICTURES = 10  # of a loop
 MAX_SIDE = 96  # pixels of one picture; larger ones are thinned out
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5c6670; --line: #d8dde2; --page: #fff; --card: #f5f7f9;
   --good: #116b3c; --bad: #b3261e; --warn: #8a5a00; --a: #1f6feb; --b: #8a3ffc; }
@@ -30,7 +33,7 @@ _STYLE = """
   --card: #1c2228; --good: #4cc38a; --bad: #ff8a80; --warn: #e0a83c; --a: #6cb0ff; --b: #be95ff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 32px 0 8px; }
 h3 { font-size: 15px; margin: 0 0 4px; }
@@ -62,6 +65,8 @@ polyline { fill: none; stroke-width: 2; }
 .legend i.limit { border-color: var(--soft); border-top-style: dashed; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px; }
 .pictures img { width: 100%; image-rendering: pixelated; display: block; border-radius: 2px; }
+.maps figure { overflow-x: auto; } .maps img { width: 100%; min-width: 720px; height: auto; display: block; }
+.history td:first-child { white-space: normal; }
 @media (max-width: 620px) {
   body { padding: 16px 14px 40px; }
   .checks thead { display: none; }
@@ -85,10 +90,11 @@ def make_folder(folder: Path) -> None:
         raise InvalidInput(f"cannot write into {folder}. Name another folder for the report.")
 
 
-def write_report(folder: Path, report: Report) -> Path:
-    """Write ``folder/report.html``; returns the file."""
+def write_report(folder: Path, report: Report, data: Mapping[str, Any]) -> Path:
+    """Write ``folder/report.html`` and, with ``data``, ``report.json``, which merges; returns the page."""
     path = folder / FILE
     path.write_text(page(report), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -99,6 +105,10 @@ def page(report: Report) -> str:
     if report.steps is not None:
         body.append(_curves(report))
     body += [_pictures(name, loop, report.value_range) for name, loop in report.loops.items()]
+    if report.distribution is not None:
+        body.append(_distribution(report, report.distribution))
+    body += [_history(report.history)] if report.history else []
+    body += [_maps(report.pictures)] if report.pictures else []
     body += [_facts("Environment", report.environment), _facts("SHA-256", report.hashes)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -126,6 +136,8 @@ def _verdict(report: Report) -> str:
         for check in report.checks
         if loop.diverges_at is not None and check.name == f"L2.{name}.drift"
     ]
+    if report.culprit is not None:
+        wrong.append(f"look first at: {report.culprit.text}")
     items = "".join(f"<li>{html.escape(line)}</li>" for line in wrong)
     return (
         f'<div class="verdict{" good" if report.passed else ""}"><h1>{html.escape(report.bundle)} '
@@ -187,8 +199,50 @@ def _curves(report: Report) -> str:
 
 
 def _pictures(name: str, loop: LoopSeries, value_range: tuple[float, float]) -> str:
-    heading = f"<h2>Samples of loop {html.escape(name)}</h2>"
-    eager, engine = (_thinned(np.nan_to_num(samples[:MAX_PICTURES])) for samples in (loop.eager, loop.engine))
+    return _side_by_side(f"Samples of loop {name}", ("eager PyTorch", loop.eager), loop.engine, value_range)
+
+
+def _distribution(report: Report, series: DistributionSeries) -> str:
+    """L3: what was drawn from the same seeds, and what the distances mean."""
+    pictures = _side_by_side(
+        f"{series.samples} samples of the same seeds, the first of them",
+        ("portable graph, fp32", series.reference),
+        series.engine,
+        report.value_range,
+    )
+    rows = {check.name: check.reason for check in report.checks if check.level == "L3"}
+    rows["network"] = f"{series.network}, SHA-256 {series.sha256}"
+    return pictures + _facts("Distribution (L3)", rows)
+
+
+def _history(history: Mapping[str, Mapping[str, float]]) -> str:
+    """Recorded parity, the baseline's beside this bundle's."""
+    names = list(dict.fromkeys(name for column in history.values() for name in column))
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("recorded parity", *history))
+    rows = "".join(
+        f"<tr><td><code>{html.escape(name)}</code></td>"
+        + "".join(f"<td>{column[name]:.4g}</td>" if name in column else "<td>-</td>" for column in history.values())
+        + "</tr>"
+        for name in names
+    )
+    return f'<h2>History</h2><table class="history"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _maps(pictures: Mapping[str, bytes]) -> str:
+    figures = "".join(
+        f'<figure><h3>{html.escape(name)}</h3><img class="map" alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode("ascii")}"></figure>'
+        for name, data in pictures.items()
+        if data.startswith(_PNG)
+    )
+    return f'<h2>Calibration</h2><div class="maps">{figures}</div>' if figures else ""
+
+
+def _side_by_side(
+    title: str, left: tuple[str, npt.NDArray[Any]], right: npt.NDArray[Any], value_range: tuple[float, float]
+) -> str:
+    heading = f"<h2>{html.escape(title)}</h2>"
+    eager, engine = (_thinned(np.nan_to_num(samples[:MAX_PICTURES])) for samples in (left[1], right))
     width = value_range[1] - value_range[0]
     difference = np.abs(engine.astype(np.float64) - eager)
     largest = float(difference.max())
@@ -198,7 +252,7 @@ def _pictures(name: str, loop: LoopSeries, value_range: tuple[float, float]) -> 
         pictures = [to_bytes(samples, value_range) for samples in (eager, engine, shown)]
     except InvalidInput as e:
         return f'{heading}<p class="soft">{html.escape(str(e))}</p>'
-    captions = ("eager PyTorch", "this engine", f"difference × {factor:.3g}" if largest > 0 else "no difference")
+    captions = (left[0], "this engine", f"difference × {factor:.3g}" if largest > 0 else "no difference")
     figures = "".join(
         f'<figure><h3>{caption}</h3><img alt="{caption}, {len(sheet)} samples" '
         f'src="{_data_uri(grid(sheet, columns=5))}"></figure>'

@@ -26,8 +26,8 @@ else:
     import tomli as tomllib
 
 SCHEMA = 1
-LEVELS = ("L0", "L1", "L2", "L4")
-_WAIVABLE = ("L1.", "L2.", "L4.")  # an engine whose structure is wrong has nothing to be forgiven
+LEVELS = ("L0", "L1", "L2", "L3", "L4")
+_WAIVABLE = ("L1.", "L2.", "L3.", "L4.")  # an engine whose structure is wrong has nothing to be forgiven
 _FOLDER = Path(__file__).parent / "policies"
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _T = TypeVar("_T")
@@ -73,6 +73,46 @@ class LoopLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistributionLimits:
+    """L3, many samples: upper ends of confidence intervals must stay below.
+
+    Attributes:
+        samples: drawn by the engine, and as many by the reference; 0 for none.
+        frechet_ratio: Fréchet distance to the reference on the same seeds, as a share of that of two reference draws.
+        kernel_ratio: kernel distance likewise, as a share of the half-width of such a draw's interval.
+        agreement_drop: of the share of samples that are what was asked for, or of the mean text-image similarity.
+        confidence: of the intervals.
+    """
+
+    samples: float = _within(-1, 1e6)
+    frechet_ratio: float = _within(0, 100)
+    kernel_ratio: float = _within(0, 100)
+    agreement_drop: float = _within(0, 0.999)
+    confidence: float = _within(0.5, 0.9999)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowLimits:
+    """Absolute windows for the distance to real pictures and for text-image similarity, as benchmarks publish them.
+
+    Attributes:
+        samples: that the windows speak of.
+        fid_min, fid_max: Fréchet distance to the statistics of real pictures.
+        clip_min, clip_max: 100 times the mean cosine of picture and text.
+        look_every: samples between two looks; a clear failure ends the drawing at one of them.
+        error: chance that an engine within the windows is stopped, over all looks.
+    """
+
+    samples: float = _within(99, 1e6)
+    fid_min: float = _within(-1, 1e6)
+    fid_max: float = _within(0, 1e6)
+    clip_min: float = _within(-100, 100)
+    clip_max: float = _within(-100, 100)
+    look_every: float = _within(9, 1e6)
+    error: float = _within(0, 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CostLimits:
     """L4, against a baseline bundle: ratios new / old must stay below.
 
@@ -95,6 +135,7 @@ class Limits:
 
     L1: StepLimits
     L2: LoopLimits
+    L3: DistributionLimits
     L4: CostLimits
 
 
@@ -124,6 +165,8 @@ class Policy:
 
     Attributes:
         required: levels without which nothing passes.
+        required_with_features: further ones, for models whose feature network is known.
+        window: absolute windows of L3, if it has any.
         limits: thresholds of recipes that are not named in ``recipes``.
         recipes: thresholds by recipe.
         sha256: of the file.
@@ -136,6 +179,8 @@ class Policy:
     recipes: Mapping[str, Limits]
     waivers: tuple[Waiver, ...]
     sha256: str
+    required_with_features: tuple[str, ...] = ()
+    window: WindowLimits | None = None
 
     def limits_for(self, recipe: str) -> Limits:
         return self.recipes.get(recipe, self.limits)
@@ -193,8 +238,8 @@ class _Reader:
         self._name, self._text = name, text
 
     def policy(self, whole: dict[str, Any], today: dt.date, sha256: str) -> Policy:
-        known = ("schema", "name", "summary", "required", "L1", "L2", "L4")
-        self._keys(whole, "", needed=known, optional=("recipes", "waivers"))
+        known = ("schema", "name", "summary", "required", "L1", "L2", "L3", "L4")
+        self._keys(whole, "", needed=known, optional=("required_with_features", "window", "recipes", "waivers"))
         if type(whole["schema"]) is not int or whole["schema"] != SCHEMA:
             self._refuse("", "schema", f"is {whole['schema']!r}, this Lehr reads {SCHEMA}")
         required = self._typed(whole["required"], list, "", "required")
@@ -203,8 +248,17 @@ class _Reader:
         limits = Limits(
             L1=self._limits(StepLimits, whole["L1"], "L1"),
             L2=self._limits(LoopLimits, whole["L2"], "L2"),
+            L3=self._limits(DistributionLimits, whole["L3"], "L3"),
             L4=self._limits(CostLimits, whole["L4"], "L4"),
         )
+        more = self._typed(whole.get("required_with_features", []), list, "", "required_with_features")
+        if not set(map(str, more)) <= {"L3"}:
+            self._refuse("", "required_with_features", f"is {more}, expected L3, the level that features are for")
+        window = self._window(whole["window"]) if "window" in whole else None
+        if ({"L3"} & {*required, *more}) and not limits.L3.samples and window is None:
+            self._refuse("L3", "samples", "is 0, and the policy requires L3")
+        if 0 < limits.L3.samples < 20:
+            self._refuse("L3", "samples", f"is {limits.L3.samples:g}, expected 0 or at least 20")
         recipes = self._typed(whole.get("recipes", {}), dict, "", "recipes")
         waivers = self._typed(whole.get("waivers", []), list, "", "waivers")
         return Policy(
@@ -215,13 +269,22 @@ class _Reader:
             recipes={name: self._overridden(limits, name, given) for name, given in recipes.items()},
             waivers=tuple(self._waiver(given, k, today) for k, given in enumerate(waivers)),
             sha256=sha256,
+            required_with_features=tuple(map(str, more)),
+            window=window,
         )
+
+    def _window(self, given: Any) -> WindowLimits:
+        window = self._limits(WindowLimits, given, "window")
+        for low, high in (("fid_min", "fid_max"), ("clip_min", "clip_max")):
+            if getattr(window, low) >= getattr(window, high):
+                self._refuse("window", low, f"is {getattr(window, low):g}, expected less than {high}")
+        return window
 
     def _overridden(self, limits: Limits, recipe: str, given: Any) -> Limits:
         section = f"recipes.{recipe}"
         if recipe not in RECIPES:
             self._refuse(section, None, str(UnknownName("recipe", recipe, RECIPES)))
-        self._keys(self._typed(given, dict, section, None), section, optional=("L1", "L2", "L4"))
+        self._keys(self._typed(given, dict, section, None), section, optional=("L1", "L2", "L3", "L4"))
         changed: dict[str, Any] = {}
         for level, values in given.items():
             before, where = getattr(limits, level), f"{section}.{level}"
@@ -249,7 +312,7 @@ class _Reader:
         self._keys(values, "waivers", needed=("check", "expires", "reason"), optional=("recipe",), index=index)
         check, expires, reason = values["check"], values["expires"], values["reason"]
         if not isinstance(check, str) or not check.startswith(_WAIVABLE):
-            refuse("check", f"is {check!r}, expected a check of L1, L2 or L4, such as 'L2.guided.ssim'; L0 has none")
+            refuse("check", f"is {check!r}, expected a check of L1 to L4, such as 'L2.guided.ssim'; L0 has none")
         if type(expires) is not dt.date:
             refuse("expires", f"is {expires!r}, expected a date such as 2030-01-31")
         if expires < today:

@@ -24,10 +24,12 @@ import numpy.typing as npt
 
 from lehr.runtime.errors import RunFailed
 from lehr.runtime.parity import decibels
+from lehr.runtime.timing import MARK
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
+LOOPS = 3
 LEAST_ROUNDS, EVALUATIONS = 5, 4  # of each contestant and round; one more before them refills the caches
 _TAIL = 400  # characters of what a process that failed said last
 
@@ -60,7 +62,7 @@ class Row:
         start_s: from the start of its process to its first output.
         peak_mb, engine_mb: largest resident memory of the process, and what is beyond that of Python and the imports
             that were there before anything was loaded.
-        loop_s: seconds of one loop; None where it was not asked for or cannot be drawn.
+        loop_s: seconds of one loop, the median of three; None where it was not asked for or cannot be drawn.
         reason: why it could not be measured; else empty.
     """
 
@@ -133,8 +135,8 @@ class Process:
         if self._process.stdout is None:
             raise TypeError("the process has no standard output")
         for line in self._process.stdout:
-            if line.startswith(("{", "[")):  # libraries print what they like
-                return json.loads(line)
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
         self._process.wait()
         raise RunFailed(f"{self.contestant.name} ended early: {self._last()}")
 
@@ -194,9 +196,11 @@ def compare(
             references = [running[0].output(path) for path in inputs]
         found = {}
         for process, times in zip(running, rounds, strict=True):
-            loops = process.ask(loop=loop_steps) if loop_steps and process.contestant.loops else [None]
+            loop_s = None
+            if loop_steps and process.contestant.loops:
+                loop_s = float(np.median([process.ask(loop=loop_steps)[0] for _ in range(LOOPS)]))
             worst = min(sqnr_db(r, process.output(path)) for r, path in zip(references, inputs, strict=True))
-            found[process.contestant.name] = _row(process, times, rounds[0], worst, loops[0])
+            found[process.contestant.name] = _row(process, times, rounds[0], worst, loop_s)
     return [found.get(c.name, Row(name=c.name, reason=failed.get(c.name, ""))) for c in contestants]
 
 

@@ -6,7 +6,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.engines.audit import AUDIT, audited
-from lehr.engines.builders import TargetBuilder, builder, candidates
+from lehr.engines.builders import builder_for, candidates
 from lehr.engines.choose import Candidate, Measured, fastest, measure
-from lehr.engines.ranges import input_ranges
+from lehr.engines.compiling import Job, remembered
+from lehr.engines.kit import make, open_kit
+from lehr.engines.quantised import calibrated_files, check_achieved, lower_calibrated
+from lehr.engines.ranges import input_ranges, narrow_ranges, narrow_sizes
+from lehr.engines.settings import DEFAULT, Settings, StoredWeights
 from lehr.engines.target import Target
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
@@ -24,6 +28,7 @@ from lehr.runtime.engine import STEP, EngineRecord, Plan, engine_folder, engine_
 from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, InvalidInput, MissingExtra
 from lehr.runtime.hoisted import SHAPE_SUFFIX
 from lehr.runtime.host import cpu_features, host, peak_rss_mb
+from lehr.runtime.kits import KitRecord, find_kit
 from lehr.runtime.noise import batch_normal, standard_normal
 from lehr.runtime.recipe import RECIPES, Format, Recipe
 from lehr.runtime.spec import DType, ModelSpec, TensorSpec
@@ -48,6 +53,7 @@ def build(
     library: str = "auto",
     threads: int = 0,
     progress: Progress = silent,
+    settings: Settings = DEFAULT,
 ) -> EngineRecord:
     """Build an engine and record it; older engines of this target and recipe are replaced.
 
@@ -61,10 +67,11 @@ def build(
         library: an engine library of the target, or "auto".
         threads: of the engine on CPUs, of the build elsewhere; 0 is one a core.
         progress: takes a line of text now and then, from libraries whose builds take long.
+        settings: what else may be decided; a library that has no use for one of them is not taken.
 
     Raises:
         InvalidInput: the target, its library or this processor has not the recipe's formats, or Lehr has no builder
-            for the target, or the library's version is out of the target's range.
+            for the target, or the library's version is out of the target's range, or a setting does not fit.
         IncompatibleEngine: this machine is not of the target's kind.
         BundleError: the bundle holds no weights.
         BuildFailed: the engine library refuses a graph, or no library meets parity.
@@ -72,7 +79,7 @@ def build(
     target.check(recipe)
     if threads < 0:
         raise InvalidInput(f"threads must be 0 (one a core) or more, got {threads}.")
-    libraries = candidates(target, recipe, library)
+    libraries = candidates(target, recipe, library, settings)
     if sys.platform not in target.os or platform.machine() not in target.arch:
         raise IncompatibleEngine(
             f"this machine is {sys.platform} {platform.machine()}; target {target.name!r} is built on "
@@ -81,7 +88,8 @@ def build(
     target.check_machine(recipe, cpu_features())
     bundle = Bundle.open(root)
     started = time.monotonic()
-    versions = {name: builder(name).version() for name in libraries}
+    narrow_sizes(bundle.manifest.model, settings)  # raises before the work
+    versions = {name: builder_for(target, name).version() for name in libraries}
     for name, version in versions.items():
         target.check_version(name, version)
     with bundle.edit() as edit:
@@ -91,7 +99,7 @@ def build(
         edit.set_manifest(parity={k: v for k, v in bundle.manifest.parity.items() if k not in replaced})
         folders = {name: engine_folder(target.name, recipe.name, name, versions[name]) for name in libraries}
         into = {name: edit.folder(folder) for name, folder in folders.items()}
-        built, failed = _build_all(bundle, target, recipe, into, threads, progress)
+        built, failed = _build_all(bundle, target, recipe, into, threads, progress, settings)
         chosen, rows = _chosen(bundle, recipe, built, failed)
         for name in libraries:
             if name != chosen.library:
@@ -103,7 +111,7 @@ def build(
             library=chosen.library,
             library_version=versions[chosen.library],
             host=_host(target),
-            sources=_sources(bundle, chosen.library, recipe),
+            sources=_sources(bundle, target, chosen.library, recipe),
             plans=chosen.plans,
             seconds=round(time.monotonic() - started, 3),
             peak_rss_mb=round(max(peak_rss_mb(), *(_peak(plan) for plan in chosen.plans.values())), 1),
@@ -124,7 +132,13 @@ def _peak(plan: Plan) -> float:
 
 
 def _build_all(
-    bundle: Bundle, target: Target, recipe: Recipe, folders: Mapping[str, Path], threads: int, progress: Progress
+    bundle: Bundle,
+    target: Target,
+    recipe: Recipe,
+    folders: Mapping[str, Path],
+    threads: int,
+    progress: Progress,
+    settings: Settings,
 ) -> tuple[list[Candidate], dict[str, BuildFailed]]:
     """Engines by the libraries that can build one, and what stopped the others."""
     built: list[Candidate] = []
@@ -132,7 +146,9 @@ def _build_all(
 
     def attempt(name: str, folder: Path) -> None:
         try:
-            plans = build_plans(bundle, target, name, recipe, folder, threads=threads, progress=progress)
+            plans = build_plans(
+                bundle, target, name, recipe, folder, threads=threads, progress=progress, settings=settings
+            )
         except BuildFailed as e:
             failed[name] = e
         else:
@@ -171,38 +187,58 @@ def build_plans(
     *,
     threads: int,
     progress: Progress = silent,
+    settings: Settings = DEFAULT,
 ) -> dict[str, Plan]:
     """Compile every graph of a bundle with one library; all but "step" run rarely and compute in fp32."""
-    made, feeds, plans = builder(library), example_feeds(bundle), {}
+    kit = open_kit(bundle, target.name, recipe.name, library)
+    made, feeds, plans = builder_for(target, library) if kit is None else kit.builder, example_feeds(bundle), {}
+    model = bundle.manifest.model
+    narrow = narrow_sizes(model, settings)
     for name, graph in bundle.manifest.graphs.items():
         if graph.weights is None:
             raise BundleError(
                 f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only."
             )
-        bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
+        if kit is None:
+            bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
         chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".lowered-") as scratch:
-            lowered = _lowered(bundle, target, name, chosen, made.LOWERED, Path(scratch))
-            if isinstance(made, TargetBuilder):
-                plans[name] = made.build_for(
-                    lowered,
-                    folder,
-                    name=name,
-                    recipe=chosen,
-                    target=target,
-                    ranges=input_ranges(graph.signature, bundle.manifest.model),
-                    threads=threads,
-                    progress=progress,
-                )
-            else:
-                plans[name] = made.build(lowered, feeds[name], folder, name=name, recipe=chosen, threads=threads)
+            lowered = (
+                _lowered(bundle, target, library, name, chosen, made.LOWERED, Path(scratch))
+                if kit is None
+                else kit.graphs[name]
+            )
+            job = Job(
+                name=name,
+                graph=lowered,
+                recipe=chosen,
+                target=target,
+                library=library,
+                ranges=input_ranges(graph.signature, model, narrow),
+                narrow=tuple(narrow_ranges(graph.signature, model, narrow)) if name in (STEP, LOOP) else (),
+                feeds=feeds[name],
+                threads=threads,
+                settings=settings,
+                stored=None if kit is not None else _stored(bundle, name),
+            )
+            plans[name] = remembered(bundle, made, job, folder, progress)
+    check_achieved(bundle, recipe, library, plans[STEP].operators)
     return plans
 
 
+def _stored(bundle: Bundle, name: str) -> StoredWeights | None:
+    graph = bundle.manifest.graphs[name]
+    if graph.weights is None:
+        return None
+    return StoredWeights(name=graph.weights, path=bundle.root / graph.weights, bytes=graph.weight_bytes)
+
+
 def _lowered(
-    bundle: Bundle, target: Target, name: str, recipe: Recipe, formats: Collection[Format], scratch: Path
+    bundle: Bundle, target: Target, library: str, name: str, recipe: Recipe, formats: Collection[Format], scratch: Path
 ) -> Path:
     """A graph in the recipe's format: itself where the library converts it, else one of its own in ``scratch``."""
+    if recipe.calibrated:
+        return lower_calibrated(bundle, target, library, recipe, name, formats, scratch)
     graph = bundle.path(bundle.manifest.graphs[name].file)
     no_fp32 = Format.FP32 not in target.formats  # no products in fp32, that is: SM 7.5 does the rest in it
     if recipe.arithmetic not in formats and not no_fp32:
@@ -262,9 +298,40 @@ def _handed_over(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
     return np.ones(shape, dtype=tensor.dtype.numpy)
 
 
-def _sources(bundle: Bundle, library: str, recipe: Recipe) -> dict[str, str]:
+def _sources(bundle: Bundle, target: Target, library: str, recipe: Recipe) -> dict[str, str]:
     """SHA-256 of every graph and weights file, and of the audit that lowering reads, as the manifest has it."""
+    kit = find_kit(bundle, target.name, recipe.name)
+    if kit is not None and kit.library == library:
+        return dict(kit.sources)
     names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
-    if recipe.arithmetic in builder(library).LOWERED:
-        names.add(AUDIT)
+    names |= calibrated_files(bundle, recipe, builder_for(target, library).LOWERED)
     return {name: bundle.manifest.files[name].sha256 for name in sorted(names)}
+
+
+def build_kit(root: Path, target: Target, recipe: Recipe, *, options: Sequence[str] = ()) -> KitRecord:
+    """Do the half of a build that needs no GPU, and leave the rest in the bundle for the machine that has it.
+
+    Args:
+        root: the bundle.
+        target: that builds on its own machine (:func:`lehr.engines.kit.elsewhere`).
+        recipe: that it runs.
+        options: of the command line, which the other machine must be given as well.
+
+    Raises:
+        BundleError: the bundle holds no weights, or was packed without its graphs.
+        InvalidInput: the recipe needs an audit that the bundle has not.
+        BuildFailed: a graph cannot be lowered.
+    """
+    bundle = Bundle.open(root)
+    library = candidates(target, recipe)[0]
+
+    def lowered(name: str, scratch: Path) -> Path:
+        chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
+        return _lowered(bundle, target, library, name, chosen, builder_for(target, library).LOWERED, scratch)
+
+    names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
+    names |= calibrated_files(bundle, recipe, builder_for(target, library).LOWERED)  # raises before the work
+    if AUDIT in names:
+        audited(bundle, recipe.rest.value if recipe.calibrated else recipe.name)
+    sources = {name: bundle.manifest.known_files[name].sha256 for name in sorted(names)}
+    return make(bundle, target, recipe, lowered=lowered, sources=sources, options=options)

@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy.typing as npt
 
 from lehr.engines.ranges import InputRange
+from lehr.engines.settings import DEFAULT, Settings, StoredWeights
 from lehr.engines.target import Target
-from lehr.runtime.backends import backends
+from lehr.runtime.backends import backends, plugged_in
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, InvalidInput, MissingExtra, UnknownName
+from lehr.runtime.host import gpu_compute_capability
 from lehr.runtime.recipe import Format, Recipe
 
-# Library -> module, and the object in it unless the module is the builder itself.
+GROUP = "lehr.builders"  # entry points of builders that bring more with them than engines may import
+# Library, and its device unless that is the processor -> module, and the object in it unless the module is the builder.
 _BUILDERS = {
     "onnxruntime": ("lehr.engines.onnxruntime_cpu", ""),
+    "onnxruntime@cuda": ("lehr.engines.onnxruntime_cuda", ""),
     "openvino": ("lehr.engines.openvino_cpu", ""),
+    "openvino@GPU": ("lehr.engines.openvino_devices", "GPU"),
+    "openvino@NPU": ("lehr.engines.openvino_devices", "NPU"),
     "tensorrt": ("lehr.engines.tensorrt_family", "TENSORRT"),
     "tensorrt_rtx": ("lehr.engines.tensorrt_family", "TENSORRT_RTX"),
 }
+_PLUGGED = {"aotinductor": "export"}  # library -> the extra that it comes with
 
 
 class Library(Protocol):
@@ -38,11 +45,15 @@ class Library(Protocol):
         FORMATS: arithmetic that the library executes.
         LOWERED: those of them that it executes only where the graph says so: the graph is converted beforehand.
         REFUSES: why it does not execute another format, where there is more to say than that.
+        HEEDS: names of the fields of :class:`lehr.engines.settings.Settings` that it has a use for.
+        CACHED: a build takes so much longer than copying its result that results are worth keeping.
     """
 
     FORMATS: frozenset[Format]
     LOWERED: frozenset[Format]
     REFUSES: Mapping[Format, str]
+    HEEDS: frozenset[str]
+    CACHED: bool
 
     def version(self) -> str:
         """The installed library's version; raises MissingExtra or BuildFailed, which say what is missing."""
@@ -60,6 +71,7 @@ class Builder(Library, Protocol):
         name: str,
         recipe: Recipe,
         threads: int,
+        settings: Settings = DEFAULT,
     ) -> Plan:
         """Compile ``graph`` for this machine into ``folder``.
 
@@ -70,6 +82,7 @@ class Builder(Library, Protocol):
             name: of the graph, such as "step".
             recipe: one whose arithmetic is in ``FORMATS``.
             threads: worker threads of the engine; 0 is one a core.
+            settings: none beyond ``HEEDS``.
 
         Raises:
             MissingExtra: the library is not installed.
@@ -92,6 +105,9 @@ class TargetBuilder(Library, Protocol):
         ranges: Mapping[str, InputRange],
         threads: int,
         progress: Callable[[str], None],
+        narrow: Sequence[Mapping[str, InputRange]] = (),
+        settings: Settings = DEFAULT,
+        stored: StoredWeights | None = None,
     ) -> Plan:
         """Compile ``graph`` for ``target`` into ``folder``.
 
@@ -104,6 +120,9 @@ class TargetBuilder(Library, Protocol):
             ranges: sizes of every input that the engine must take.
             threads: of the build; 0 is the library's choice.
             progress: takes a line of text now and then.
+            narrow: ranges of a single size each that the engine is tuned for, too.
+            settings: none beyond ``HEEDS``.
+            stored: the graph's weights in the bundle, which a stripped engine is refitted from.
 
         Raises:
             MissingExtra: the library is not installed.
@@ -113,26 +132,43 @@ class TargetBuilder(Library, Protocol):
         """
 
 
-def builder(library: str) -> Builder | TargetBuilder:
-    """The builder for an engine library; raises UnknownName if there is none."""
-    if library not in _BUILDERS:
-        raise UnknownName("builder for engine library", library, _BUILDERS)
-    module, name = _BUILDERS[library]
-    found = importlib.import_module(module)
-    return cast("Builder | TargetBuilder", getattr(found, name) if name else found)
+def builder(library: str, device: str = "") -> Builder | TargetBuilder:
+    """The builder for an engine library and its device; raises UnknownName if there is none."""
+    key = f"{library}@{device}" if device else library
+    if key in _BUILDERS:
+        module, name = _BUILDERS[key]
+        found = importlib.import_module(module)
+        return cast("Builder | TargetBuilder", getattr(found, name) if name else found)
+    plugged = plugged_in(GROUP)
+    if key not in plugged:
+        if library in _PLUGGED:
+            raise MissingExtra(library, _PLUGGED[library])
+        raise UnknownName("builder for engine library", key, [*_BUILDERS, *plugged])
+    try:
+        return cast("Builder | TargetBuilder", plugged[key].load())
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or library, _PLUGGED.get(library, library)) from e
+
+
+def builder_for(target: Target, library: str) -> Builder | TargetBuilder:
+    """The builder with which ``library`` serves a target."""
+    return builder(library, target.devices.get(library, ""))
 
 
 def fitting(target: Target, recipe: Recipe) -> tuple[str, ...]:
-    """The engine libraries of a target that execute the recipe's arithmetic, installed or not, best first."""
-    if recipe.arithmetic not in target.formats:
+    """The engine libraries of a target that execute the recipe's arithmetic, installed or not, best first.
+
+    Those that are tried on request only are left out.
+    """
+    if target.missing(recipe):
         return ()
-    return tuple(name for name in target.libraries if recipe.arithmetic in builder(name).FORMATS)
+    return tuple(name for name in target.libraries if recipe.formats <= builder_for(target, name).FORMATS)
 
 
-def installed(library: str) -> bool:
-    """Whether a builder's library is installed here and loads."""
+def installed(library: str, device: str = "") -> bool:
+    """Whether a builder's library is installed here, with what it needs for the device, and loads."""
     try:
-        builder(library).version()
+        builder(library, device).version()
     except (MissingExtra, BuildFailed):
         return False
     return True
@@ -145,27 +181,30 @@ def buildable(target: Target, system: str, machine: str) -> tuple[str, ...]:
     """
     if system not in target.os or machine not in target.arch:
         return ()
-    return tuple(name for name in target.libraries if _found(name))
+    devices = target.devices
+    return tuple(n for n in target.libraries if _found(n) and (n not in devices or installed(n, devices[n])))
 
 
 def _found(library: str) -> bool:
-    """Whether a library's module is there, without loading it."""
+    """Whether a library's module is there, without loading it; a plugged-in builder knows itself."""
+    if library in plugged_in(GROUP):
+        return installed(library)
     try:
         return importlib.util.find_spec(library) is not None
     except ValueError:  # in sys.modules without a specification
         return False
 
 
-def candidates(target: Target, recipe: Recipe, library: str = "auto") -> tuple[str, ...]:
+def candidates(target: Target, recipe: Recipe, library: str = "auto", settings: Settings = DEFAULT) -> tuple[str, ...]:
     """The engine libraries that can build ``recipe`` for ``target``, best first: one, if ``library`` names it.
 
     "auto" leaves out libraries that are not installed, unless none is: the first is returned then, and building
-    with it raises MissingExtra with the pip line.
+    with it raises MissingExtra with the pip line. It leaves out, too, what has no use for a setting.
 
     Raises:
         UnknownName: the target has no such library.
         InvalidInput: Lehr has no builder for the target; or the library, or every one of the target, lacks the format;
-            the message has the nearest choice.
+            the message has the nearest choice. Or a setting that the library, or every one, has no use for.
     """
     if not target.libraries:
         raise InvalidInput(
@@ -173,22 +212,55 @@ def candidates(target: Target, recipe: Recipe, library: str = "auto") -> tuple[s
         )
     able = fitting(target, recipe)
     if library != "auto":
-        if library not in target.libraries:
-            raise UnknownName(f"engine library for target {target.name!r}", library, target.libraries)
-        if library in able:
-            return (library,)
+        known = (*target.libraries, *target.on_request)
+        if library not in known:
+            raise UnknownName(f"engine library for target {target.name!r}", library, known)
+        if not target.missing(recipe) and recipe.formats <= builder_for(target, library).FORMATS:
+            return _heeding(target, (library,), settings)
     if not able or library != "auto":
         asked = target.libraries if library == "auto" else (library,)
         why = "; ".join(
-            builder(n).REFUSES.get(recipe.arithmetic, f"{n} has no {recipe.arithmetic.value}") for n in asked
+            builder_for(target, n).REFUSES.get(recipe.arithmetic, f"{n} has no {_lacking(target, n, recipe)}")
+            for n in asked
         )
+        able = able or tuple(name for name in _requestable(target, recipe) if name != library)
         way = f"use --library {able[0]}" if able else f"choose a recipe in {_formats(target)}"
         raise InvalidInput(f"recipe {recipe.name!r} cannot be built: {why}; {way}.")
-    found = tuple(name for name in able if installed(name)) or able[:1]
+    able = _heeding(target, able, settings)
+    found = tuple(name for name in able if installed(name, target.devices.get(name, ""))) or able[:1]
     # Engines are measured against each other by running them: one that cannot run here cannot be chosen that way.
-    return found if set(found) <= set(backends()) else found[:1]
+    here = not target.sm or gpu_compute_capability() in target.sm
+    return found if here and set(found) <= set(backends()) else found[:1]
+
+
+def _requestable(target: Target, recipe: Recipe) -> list[str]:
+    """The libraries that build the recipe for a target where they are named, of those that are installed."""
+
+    def able(library: str) -> bool:
+        try:
+            return recipe.arithmetic in builder_for(target, library).FORMATS
+        except MissingExtra:
+            return False
+
+    return [name for name in target.on_request if recipe.arithmetic in target.formats and able(name)]
+
+
+def _heeding(target: Target, libraries: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    """Of these libraries those that have a use for every setting; raises InvalidInput if there is none."""
+    refused = {name: settings.refused(builder_for(target, name).HEEDS) for name in libraries}
+    found = tuple(name for name in libraries if not refused[name])
+    if not found:
+        why = "; ".join(f"{name} has no use for {', '.join(options)}" for name, options in refused.items())
+        raise InvalidInput(f"these settings do not go with target {target.name!r}: {why}. Leave them out.")
+    return found
+
+
+def _lacking(target: Target, library: str, recipe: Recipe) -> str:
+    found = recipe.formats - builder_for(target, library).FORMATS or {recipe.arithmetic}
+    return ", ".join(sorted(form.value for form in found))
 
 
 def _formats(target: Target) -> str:
-    can = frozenset[Format]().union(*(builder(name).FORMATS for name in target.libraries)) & set(target.formats)
+    builders = [builder_for(target, name) for name in target.libraries]
+    can = frozenset[Format]().union(*(made.FORMATS for made in builders)) & set(target.formats)
     return ", ".join(sorted(form.value for form in can))

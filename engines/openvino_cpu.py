@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from lehr.engines.quantised import INTEGER_MARK
+from lehr.engines.settings import DEFAULT, Settings
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, BundleError, RunFailed
@@ -33,12 +35,17 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 PRECISIONS = {Format.FP32: "f32", Format.BF16: "bf16"}
-FORMATS = frozenset(PRECISIONS)
+# By the graph; everything around them as the hint says. Weights in nvfp4 are given to it as float32 numbers.
+QUANTISED = frozenset({Format.INT8, Format.INT4, Format.NVFP4})
+FORMATS = frozenset(PRECISIONS) | QUANTISED
 LOWERED: frozenset[Format] = frozenset()
 REFUSES = {Format.FP16: "OpenVINO's CPU plugin computes in bf16 where a processor has no fp16, and says nothing"}
+HEEDS = frozenset({"mode"})
+CACHED = True
 
 # OpenVINO's names of the types that say something about precision, in the words of build.json.
 TYPES = {"f64": "double", "f32": "float", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8"}
+INTEGERS = frozenset({"i8", "u8"})
 FLOATING = frozenset({"f64", "f32", "f16", "bf16"})
 ARITHMETIC = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledDotProductAttention"})
 # Neither computes: what goes in and out, sizes, and changes of layout or type that the plugin inserts.
@@ -59,22 +66,56 @@ def build(
     name: str,
     recipe: Recipe,
     threads: int,
+    settings: Settings = DEFAULT,
 ) -> Plan:
     """Compile ``graph`` for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
-    from lehr.runtime.backends.openvino import BACKEND, DEVICE, FAILURES, OpenVinoSession, configuration
+    return build_for_device(
+        graph,
+        feeds,
+        folder,
+        name=name,
+        recipe=recipe,
+        threads=threads,
+        settings=settings,
+        device="CPU",
+        precisions=PRECISIONS,
+    )
+
+
+def build_for_device(
+    graph: Path,
+    feeds: Mapping[str, Array],
+    folder: Path,
+    *,
+    name: str,
+    recipe: Recipe,
+    threads: int,
+    settings: Settings,
+    device: str,
+    precisions: Mapping[Format, str],
+) -> Plan:
+    """The same for a device of OpenVINO's that stands in this machine, with the formats that it has a word for."""
+    from lehr.runtime.backends.openvino import BACKEND, FAILURES, OpenVinoSession, configuration
 
     import openvino as ov  # isort: skip
 
-    if recipe.arithmetic not in FORMATS:
-        have = ", ".join(sorted(form.value for form in FORMATS))
-        raise BuildFailed(f"OpenVINO cannot build recipe {recipe.name!r} on a CPU; it has {have}.")
-    options = {"precision": PRECISIONS[recipe.arithmetic], "threads": threads}
+    settings.hold("OpenVINO", HEEDS)
+    asked = recipe.rest if recipe.calibrated else recipe.arithmetic
+    if asked not in precisions or (recipe.arithmetic is not asked and recipe.arithmetic not in QUANTISED):
+        have = ", ".join(sorted(form.value for form in precisions))
+        raise BuildFailed(f"OpenVINO cannot build recipe {recipe.name!r} on a {device}; it has {have}.")
+    options = {
+        "precision": precisions[asked],
+        "threads": threads,
+        "device": device,
+        "mode": settings.mode.value,
+    }
     plan = folder / f"{name}.blob"
     core = ov.Core()
     try:
-        compiled = core.compile_model(core.read_model(graph), DEVICE, configuration(options))
+        compiled = core.compile_model(core.read_model(graph), device, configuration(options))
         outputs = OpenVinoSession(compiled).run(feeds)  # kernels are chosen in the first run
-        operators, precision = _inspect(compiled, str(options["precision"]), graph.name)
+        operators, precision = _inspect(compiled, str(options["precision"]), graph.name, quantised=recipe.calibrated)
         plan.write_bytes(compiled.export_model().getbuffer())
         reloaded = BACKEND.load(plan, options).run(feeds)
     except (*FAILURES, RunFailed, BundleError) as e:
@@ -87,7 +128,9 @@ def build(
     return Plan(file=plan.name, options=options, achieved_precision=precision, operators=operators)
 
 
-def _inspect(compiled: ov.CompiledModel, asked: str, graph: str) -> tuple[dict[str, int], dict[str, float]]:
+def _inspect(
+    compiled: ov.CompiledModel, asked: str, graph: str, *, quantised: bool = False
+) -> tuple[dict[str, int], dict[str, float]]:
     """Count what runs, by operator and by element type; raises BuildFailed where it is not what was asked for.
 
     Element types are weighed by the operators that compute on floating-point or quantised values. With bf16,
@@ -103,14 +146,15 @@ def _inspect(compiled: ov.CompiledModel, asked: str, graph: str) -> tuple[dict[s
         kind, element = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
         if kind in SILENT:
             continue
-        operators[kind] += 1
+        operators[kind + INTEGER_MARK if kind in ARITHMETIC and element in INTEGERS else kind] += 1
         if kind in ARITHMETIC:
             arithmetic[element] += 1
         if element in FLOATING or (kind in ARITHMETIC and element in TYPES):
             types[element] += 1
     given = precision(compiled)
-    foreign = set(types) - {"f32", "f64", asked}
-    if given != asked or foreign or (arithmetic and not arithmetic[asked]):
+    known = INTEGERS if quantised else frozenset[str]()
+    foreign = set(types) - {"f32", "f64", asked} - known
+    if given != asked or foreign or (arithmetic and not set(arithmetic) & {asked, *known}):
         found = ", ".join(f"{count} in {element}" for element, count in sorted(arithmetic.items()))
         raise BuildFailed(
             f"OpenVINO was asked for {asked} and falls back to {given}: of the matrix products and convolutions in "

@@ -6,10 +6,13 @@ meet, and models declare more than anybody uses at once, so the largest is held 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from lehr.runtime.errors import BuildFailed
+from lehr.engines.settings import Settings
+from lehr.runtime.errors import BuildFailed, InvalidInput
 from lehr.runtime.hoisted import SHAPE_SUFFIX
 from lehr.runtime.spec import Dim, GraphSpec, ModelSpec, TensorSpec
 
@@ -41,19 +44,58 @@ def limits(dim: Dim) -> tuple[int, int]:
     return -(-dim.min // dim.multiple) * dim.multiple, min(most, dim.max) // dim.multiple * dim.multiple
 
 
-def input_ranges(signature: GraphSpec, spec: ModelSpec) -> dict[str, InputRange]:
-    """Ranges of a graph's inputs, by name.
+def narrow_sizes(spec: ModelSpec, settings: Settings) -> tuple[dict[str, int], ...]:
+    """Sizes of every dimension for each narrow profile: each batch with each size; none if neither was asked for.
+
+    Raises:
+        InvalidInput: a size that the model has not, or as many numbers as the sample has no dimensions.
+    """
+    if not settings.batches and not settings.sizes:
+        return ()
+    free = [size for size in spec.sample.shape if isinstance(size, str) and size != "batch"]
+    dims, usual = {dim.name: dim for dim in spec.dims}, spec.default_sizes()
+
+    def sized(batch: int | None, given: tuple[int, ...]) -> dict[str, int]:
+        if given and len(given) != len(free):
+            wanted = "x".join(free) or "no size: the sample's is fixed"
+            raise InvalidInput(f"--sizes {'x'.join(map(str, given))} does not fit this model, expected {wanted}.")
+        found = {**usual, **dict(zip(free, given, strict=False)), **({"batch": batch} if batch else {})}
+        for name, size in found.items():
+            dims[name].check(size, "a narrow profile")
+        return found
+
+    return tuple(sized(batch, given) for batch, given in product(settings.batches or (None,), settings.sizes or ((),)))
+
+
+def input_ranges(
+    signature: GraphSpec, spec: ModelSpec, narrow: Sequence[Mapping[str, int]] = ()
+) -> dict[str, InputRange]:
+    """The wide range of a graph's inputs, by name.
 
     Args:
         signature: of the graph; sizes may be expressions of the model's dimensions.
         spec: of the whole model.
+        narrow: sizes of narrow profiles, which the wide range takes in, too.
 
     Raises:
         BuildFailed: a size that does not follow from the model's dimensions, or falls where they grow.
     """
-    low = {dim.name: limits(dim)[0] for dim in spec.dims}
-    high = {dim.name: limits(dim)[1] for dim in spec.dims}
-    usual = spec.default_sizes()
+    low = {dim.name: min(limits(dim)[0], *(n[dim.name] for n in narrow), dim.default) for dim in spec.dims}
+    high = {dim.name: max(limits(dim)[1], *(n[dim.name] for n in narrow), dim.default) for dim in spec.dims}
+    return ranges(signature, spec, low, spec.default_sizes(), high)
+
+
+def narrow_ranges(
+    signature: GraphSpec, spec: ModelSpec, narrow: Sequence[Mapping[str, int]]
+) -> list[dict[str, InputRange]]:
+    """A range of one size for each narrow profile; raises what :func:`input_ranges` does."""
+    return [ranges(signature, spec, sizes, sizes, sizes) for sizes in narrow]
+
+
+def ranges(
+    signature: GraphSpec, spec: ModelSpec, low: Mapping[str, int], usual: Mapping[str, int], high: Mapping[str, int]
+) -> dict[str, InputRange]:
+    """Ranges of a graph's inputs between sizes of the model's dimensions; raises what :func:`input_ranges` does."""
     shapes = {tensor.name + SHAPE_SUFFIX: tensor for tensor in spec.inputs}
 
     def of(tensor: TensorSpec) -> InputRange:

@@ -25,6 +25,7 @@ MACHINES = frozenset({"x86_64", "aarch64"})  # platform.machine()
 # Arithmetic that hardware may have; a superset of the formats that recipes exist for.
 HARDWARE_FORMATS = frozenset({"fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8", "int4"})
 MIN_OPSET, MAX_OPSET = 17, 26
+_TUPLES = ("os", "arch", "libraries", "on_request", "sm", "native")
 
 _BOUND = re.compile(r"(>=|<=|==|<|>)(\d+(?:\.\d+)*)")
 
@@ -38,6 +39,9 @@ class Target:
     Attributes:
         os, arch: where its engines are built, as ``sys.platform`` and ``platform.machine()`` say it.
         libraries: engine libraries that serve it, best first; empty if Lehr has a builder for none.
+        on_request: further ones, which are used where they are named and never tried by themselves.
+        devices: library -> what it calls the device that serves the target; a library that is not named takes the
+            processor, or what it was made for.
         formats: number formats that a recipe may ask for.
         opset: newest ONNX opset its libraries read.
         hardware: format -> processor flags, one of which a machine must have to run it natively.
@@ -56,6 +60,8 @@ class Target:
     libraries: tuple[str, ...]
     formats: tuple[Format, ...]
     opset: int
+    on_request: tuple[str, ...] = ()
+    devices: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[Format, tuple[str, ...]] = field(default_factory=dict)
     sm: tuple[str, ...] = ()
     native: tuple[str, ...] = ()
@@ -87,8 +93,10 @@ class Target:
             pair = getattr(self, key)
             hold(pair is None or 0 <= pair[0] <= pair[1], f"{key} is {pair}, expected the smallest and the largest")
         hold(all(peak > 0 for peak in self.tflops.values()), f"tflops is {dict(self.tflops)}, expected figures above 0")
-        unknown = sorted(set(self.versions) - set(self.libraries))
-        hold(not unknown, f"versions names {unknown}, which are not among its libraries")
+        served = {*self.libraries, *self.on_request}
+        for key in ("versions", "devices"):
+            unknown = sorted(set(getattr(self, key)) - served)
+            hold(not unknown, f"{key} names {unknown}, which are not among its libraries")
         for library, wanted in self.versions.items():
             hold(bool(_bounds(wanted)), f"version range of {library} is {wanted!r}, expected such as '>=10.3,<12'")
 
@@ -101,7 +109,7 @@ class Target:
 
     def check(self, recipe: Recipe) -> None:
         """Raise InvalidInput for a recipe whose formats the target has not, with the nearest one that it runs."""
-        missing = self._missing(recipe)
+        missing = self.missing(recipe)
         if missing:
             have = ", ".join(form.value for form in self.formats)
             names = ", ".join(sorted(form.value for form in missing))
@@ -113,24 +121,32 @@ class Target:
 
     def nearest(self, recipe: Recipe) -> Recipe | None:
         """Of the recipes that the target runs, the one whose arithmetic is the same, or closest in bits."""
-        able = [other for other in RECIPES.values() if not self._missing(other)]
+        able = [other for other in RECIPES.values() if not self.missing(other)]
         bits = _bits(recipe.arithmetic.value)
         return min(
             able,
-            key=lambda r: (r.arithmetic is not recipe.arithmetic, abs(_bits(r.arithmetic.value) - bits)),
+            key=lambda r: (
+                r.arithmetic is not recipe.arithmetic,
+                abs(_bits(r.arithmetic.value) - bits),
+                abs(_bits(r.weights.value) - _bits(recipe.weights.value)),
+            ),
             default=None,
         )
 
-    def _missing(self, recipe: Recipe) -> set[Format]:
-        # Weights that are stored in fp32 are converted when an engine is built.
-        return {recipe.weights, recipe.arithmetic} - set(self.formats) - ({Format.FP32} - {recipe.arithmetic})
+    def missing(self, recipe: Recipe) -> frozenset[Format]:
+        """Formats of a recipe that the target has not; what only rests in fp32 beside products in another is none."""
+        return recipe.formats - set(self.formats) - ({Format.FP32} - {recipe.arithmetic})
 
     def check_machine(self, recipe: Recipe, flags: Collection[str]) -> None:
         """Raise InvalidInput for a recipe that a machine with these processor flags could only emulate."""
-        wanted = self.hardware.get(recipe.arithmetic)
+        for form in sorted(recipe.computes):
+            self._check_flags(form, flags)
+
+    def _check_flags(self, form: Format, flags: Collection[str]) -> None:
+        wanted = self.hardware.get(form)
         if wanted and not set(wanted) & set(flags):
             raise InvalidInput(
-                f"this processor has no {recipe.arithmetic.value} arithmetic (none of {', '.join(wanted)}) and would "
+                f"this processor has no {form.value} arithmetic (none of {', '.join(wanted)}) and would "
                 f"emulate it, slower than fp32. Build another recipe, such as --recipe fp32."
             )
 
@@ -203,7 +219,7 @@ def read_target(file: Path) -> Target:
     if facts["name"] != file.stem:
         raise InvalidInput(f"{file.name} says that its name is {facts['name']!r}, expected {file.stem!r}.")
     try:
-        facts |= {key: tuple(facts[key]) for key in ("os", "arch", "libraries", "sm", "native") if key in facts}
+        facts |= {key: tuple(facts[key]) for key in _TUPLES if key in facts}
         facts["formats"] = tuple(Format(name) for name in facts["formats"])
         facts["hardware"] = {Format(name): tuple(flags) for name, flags in facts.get("hardware", {}).items()}
         facts |= {key: _pair(facts[key]) for key in ("memory_gb", "bandwidth_gb_s", "dla") if key in facts}

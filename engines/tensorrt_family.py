@@ -8,8 +8,9 @@ TensorRT-RTX builds for any RTX GPU on a machine that has none
 (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html); the target's compute
 capabilities are always set. TensorRT proper builds for the GPU it finds, so that one is compared with the target first.
 
-Which formats and fusions an engine ended up with can be read on a GPU only: ``achieved_precision`` and ``operators``
-stay empty, which means unknown. There is no timing cache: TensorRT-RTX chooses kernels where an engine is loaded.
+Which formats and fusions an engine ended up with can be read on its GPU only: elsewhere ``achieved_precision`` and
+``operators`` stay empty, which means unknown. Kernel timings are kept between builds for TensorRT proper; TensorRT-RTX
+chooses kernels where an engine is loaded.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lehr.engines import cache, forecast, tensorrt_layers
 from lehr.engines.ranges import InputRange
+from lehr.engines.settings import DEFAULT, Compatible, Settings, StoredWeights, Weights
 from lehr.engines.target import Target
 from lehr.runtime import host
 from lehr.runtime.engine import Plan
-from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
+from lehr.runtime.errors import BuildFailed, IncompatibleEngine, InvalidInput, MissingExtra
 from lehr.runtime.recipe import Format, Recipe
 
 Progress = Callable[[str], None]
@@ -44,11 +47,23 @@ _SHOWN, _TAIL = 3, 600  # problems of one build, and characters of what a killed
 _NORM = "GroupNormalization"
 _COMPILER_BUG = "MyelinCheckException"
 
+_WEIGHT_FLAGS = {
+    Weights.EMBEDDED: (),
+    Weights.STRIPPED: ("STRIP_PLAN", "REFIT_IDENTICAL"),  # the safe pair: REFIT alone lost a bias in 11.3
+    Weights.STREAMED: ("WEIGHT_STREAMING",),
+}
+_HARDWARE = {Compatible.HARDWARE: "AMPERE_PLUS", Compatible.CAPABILITY: "SAME_COMPUTE_CAPABILITY"}
+_JETSON = frozenset({"8.7", "11.0"})  # hardware compatibility is for discrete GPUs from SM 8.0 on
+_PROFILED = frozenset({"batches", "sizes"})
+
 # What a message of the library's compiler contains -> what to do about it.
 _HINTS = (
     ("FP32 GEMM is not supported", "SM 7.5 multiplies matrices in fp16 only: use --recipe fp16"),
     ("HW-specific datatypes", "a target lacks a number format of the graph: choose another recipe or target"),
-    ("out of memory", "build on a machine with more memory"),
+    ("out of memory", "build on a machine with more memory, or limit --workspace and --tactic-memory"),
+    ("OutOfMemory", "build on a machine with more memory, or limit --workspace and --tactic-memory"),
+    ("requires a GPU", "this kind of engine is built on a machine with the GPU"),
+    ("CUDA", "a driver is needed for this: build on a machine with the GPU, or leave the option out"),
     ("No importer registered", "the library does not know the operator: lower the graph to an older operator set"),
     ("UNSUPPORTED_NODE", "the library does not know the operator: lower the graph to an older operator set"),
 )
@@ -67,9 +82,11 @@ class TensorRtBuilder:
     module: str
     title: str
     extra: str | None
-    FORMATS: frozenset[Format] = frozenset({Format.FP32, Format.FP16, Format.BF16})
+    FORMATS: frozenset[Format] = frozenset(Format)
     LOWERED: frozenset[Format] = frozenset({Format.FP16, Format.BF16})
     REFUSES: Mapping[Format, str] = field(default_factory=dict)
+    HEEDS: frozenset[str] = frozenset()
+    CACHED: bool = True
 
     def version(self) -> str:
         """The installed library's version.
@@ -106,27 +123,57 @@ class TensorRtBuilder:
         ranges: Mapping[str, InputRange],
         threads: int,
         progress: Progress,
+        narrow: Sequence[Mapping[str, InputRange]] = (),
+        settings: Settings = DEFAULT,
+        stored: StoredWeights | None = None,
     ) -> Plan:
         """Compile ``graph`` for ``target`` into ``folder``; see :class:`lehr.engines.builders.TargetBuilder`."""
         library = self._library()
         if recipe.arithmetic not in self.FORMATS:
             raise BuildFailed(f"{self.title} cannot build recipe {recipe.name!r}: no {recipe.arithmetic.value}.")
+        here = host.gpu_compute_capability()
         ahead = hasattr(library, "ComputeCapability")
         if not ahead:
-            self._check_gpu(target)
+            self._check_gpu(target, here)
+        self._check_settings(settings, target, stored)
+        what = f"{name} for {target.where}"
+        needed = forecast.forecast_mb(graph, stored)
+        if warning := forecast.check(needed, what):
+            progress(warning)
+        stripped = settings.weights is Weights.STRIPPED
         plan = folder / f"{name}.engine"
+        timed = settings.cached and not ahead
+        timing = str(cache.timing_file(self.module, self.version(), f"sm{here}")) if timed else ""
         job: dict[str, Any] = {
             "module": self.module,
             "plan": str(plan),
             "capabilities": [f"SM{sm.replace('.', '')}" for sm in target.sm],
             "ranges": {key: given.to_json() for key, given in ranges.items()},
+            "narrow": [{key: given.to_json() for key, given in profile.items()} for profile in narrow],
             "threads": threads,
+            "flags": [
+                *_WEIGHT_FLAGS[settings.weights],
+                *(["VERSION_COMPATIBLE"] if settings.compatible is Compatible.VERSION else []),
+            ],
+            "hardware": _HARDWARE.get(settings.compatible, ""),
+            "pools": {
+                pool: megabytes
+                for pool, megabytes in (("WORKSPACE", settings.workspace_mb), ("TACTIC_DRAM", settings.tactic_mb))
+                if megabytes
+            },
+            "effort": settings.effort,
+            "timing": timing,
+            "inspect": here in target.sm,
+            "stripped": stripped,
         }
 
         def attempt(pieces: frozenset[str]) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".tensorrt-") as scratch:
-                readable = self._readable(graph, target, Path(scratch), pieces)
-                return self._run({**job, "graph": str(readable)}, Path(scratch), f"{name} for {target.where}", progress)
+                readable = self.readable(graph, target, Path(scratch), pieces)
+                done = self._run({**job, "graph": str(readable)}, Path(scratch), what, progress)
+                if stripped and stored is not None:
+                    done["refit"] = self._refit(readable, stored, folder / f"{name}.refit")
+                return done
 
         pieces = frozenset() if hasattr(library, "IAttention") else frozenset({"Attention"})
         try:
@@ -134,23 +181,27 @@ class TensorRtBuilder:
         except BuildFailed as e:
             if _COMPILER_BUG not in str(e) or _NORM.encode() not in graph.read_bytes():
                 raise
-            progress(f"{name} for {target.where}: the compiler failed, again with every {_NORM} in pieces")
+            progress(f"{what}: the compiler failed, again with every {_NORM} in pieces")
             pieces |= {_NORM}
             done = attempt(pieces)
+        precision, operators = tensorrt_layers.achieved(done["inspected"], asked=recipe.arithmetic, what=what)
         options = {
             "sm": list(target.sm),
             "ranges": job["ranges"],
+            "narrow": job["narrow"],
             "in_pieces": sorted(pieces),
             **done["settings"],
+            **{key: value for key, value in settings.to_json().items() if key not in _PROFILED},
+            **({"refit": done["refit"]} if "refit" in done else {}),
             "layers": done["layers"],
+            "forecast_mb": needed,
             "build_peak_mb": done["peak"],
         }
-        return Plan(file=plan.name, options=options, achieved_precision={}, operators={})
+        return Plan(file=plan.name, options=options, achieved_precision=precision, operators=operators)
 
     # -------------------------------------------------------------------------------------------- before the build
 
-    def _check_gpu(self, target: Target) -> None:
-        here = host.gpu_compute_capability()
+    def _check_gpu(self, target: Target, here: str | None) -> None:
         if here not in target.sm:
             found = f"the GPU here has SM {here}" if here else "there is no NVIDIA GPU with a driver here"
             raise IncompatibleEngine(
@@ -158,7 +209,25 @@ class TensorRtBuilder:
                 "Run lehr build there."
             )
 
-    def _readable(self, graph: Path, target: Target, scratch: Path, pieces: frozenset[str]) -> Path:
+    def _check_settings(self, settings: Settings, target: Target, stored: StoredWeights | None) -> None:
+        settings.hold(self.title, self.HEEDS)
+        if settings.compatible in _HARDWARE and (_JETSON & set(target.sm) or min(map(float, target.sm)) < 8):
+            raise InvalidInput(
+                f"{self.title} makes hardware-compatible engines for discrete GPUs from SM 8.0 on, and not for "
+                f"{target.where}. Leave out --compatible {settings.compatible.value}."
+            )
+        if settings.weights is Weights.STRIPPED and stored is None:
+            raise InvalidInput("a stripped engine is refitted from a bundle's weights file, and there is none here.")
+
+    def _refit(self, graph: Path, stored: StoredWeights, beside: Path) -> dict[str, Any]:
+        """Where the runtime finds the weights of a stripped plan."""
+        try:
+            from lehr.engines.refit import refit_sources
+        except ModuleNotFoundError as e:
+            raise MissingExtra(e.name or "onnx_ir", "export") from e
+        return refit_sources(graph, stored, beside)
+
+    def readable(self, graph: Path, target: Target, scratch: Path, pieces: frozenset[str]) -> Path:
         """The graph in an operator set that the library reads: itself, or a lowered copy in ``scratch``.
 
         ``pieces`` are the operators that must be taken apart.
@@ -238,5 +307,16 @@ def _ended(code: int, peak: float | None) -> str:
     return f"the build ended with code {code}{so_far}."
 
 
-TENSORRT = TensorRtBuilder(module="tensorrt", title="TensorRT", extra=None)
-TENSORRT_RTX = TensorRtBuilder(module="tensorrt_rtx", title="TensorRT-RTX", extra="trt-rtx")
+TENSORRT = TensorRtBuilder(
+    module="tensorrt",
+    title="TensorRT",
+    extra=None,
+    HEEDS=_PROFILED | {"workspace_mb", "tactic_mb", "effort", "compatible", "weights"},
+)
+# TensorRT-RTX times nothing when it builds, and says itself where its engines run.
+TENSORRT_RTX = TensorRtBuilder(
+    module="tensorrt_rtx",
+    title="TensorRT-RTX",
+    extra="trt-rtx",
+    HEEDS=_PROFILED | {"workspace_mb", "effort", "weights"},
+)

@@ -10,6 +10,7 @@ It writes one JSON object a line to the file descriptor FD: ``{"event": "progres
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -162,6 +163,69 @@ def add_profile(builder: Any, network: Any, config: Any, ranges: Mapping[str, Ma
         raise Refused("profile", [{"node": "", "operator": "", "message": f"the ranges {dict(ranges)} are not taken"}])
 
 
+def configure(trt: Any, config: Any, job: Mapping[str, Any]) -> None:
+    """Everything but targets and profiles; raises Refused for what the library's version has not."""
+    config.clear_flag(trt.BuilderFlag.TF32)  # what a recipe keeps in fp32 is meant to have its digits
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector knows no formats
+    for name in job["flags"]:
+        config.set_flag(_member(trt.BuilderFlag, name))
+    if job["hardware"]:
+        config.hardware_compatibility_level = _member(trt.HardwareCompatibilityLevel, job["hardware"])
+    for pool, megabytes in job["pools"].items():
+        config.set_memory_pool_limit(_member(trt.MemoryPoolType, pool), megabytes * 1_000_000)
+    if job["effort"] is not None:
+        config.builder_optimization_level = job["effort"]
+    if job["timing"]:
+        file = Path(job["timing"])
+        config.set_timing_cache(_timings(config, file.read_bytes() if file.is_file() else b""), False)
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not hasattr(kind, name):
+        have = ", ".join(sorted(member for member in dir(kind) if member.isupper()))
+        message = f"this version has no {kind.__name__} {name}; it has {have}"
+        raise Refused("settings", [{"node": "", "operator": "", "message": message}])
+    return getattr(kind, name)
+
+
+def _timings(config: Any, known: bytes) -> Any:
+    """A timing cache from a file's bytes; an empty one where the library refuses them."""
+    return (config.create_timing_cache(known) if known else None) or config.create_timing_cache(b"")
+
+
+def keep_timings(config: Any, file: Path) -> None:
+    """Write what was timed for the next build; a folder that cannot be written costs that one time, no more."""
+    timings = config.get_timing_cache()
+    if timings is None:
+        return
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(timings.serialize())
+        new.replace(file)
+
+
+def look_into(trt: Any, logger: Any, engine: Any, job: Mapping[str, Any], errors: list[str]) -> Any:
+    """What the inspector says of an engine on the GPU it is for; raises Refused where it does not load there.
+
+    Formats of layers whose sizes are open are known to a context alone, which is given the usual sizes.
+    """
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        reason = "; ".join(errors) or "no reason given"
+        message = f"the new engine does not load on this machine's GPU: {reason}"
+        raise Refused("inspect", [{"node": "", "operator": "", "message": message}])
+    inspector = loaded.create_engine_inspector()
+    if not job["stripped"]:  # one without its weights makes no context
+        context = loaded.create_execution_context()
+        if context is not None:
+            for name, given in job["ranges"].items():
+                if not given["values"]:
+                    context.set_input_shape(name, tuple(given["opt"]))
+            inspector.execution_context = context
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
 def explain(network: Any, errors: list[str]) -> list[Problem]:
     """The library's error messages with the node and the operator that each is about, where it names one."""
     kinds = {layer.name: layer.type.name for layer in (network.get_layer(k) for k in range(network.num_layers))}
@@ -186,13 +250,18 @@ def build(job: Mapping[str, Any], say: Say) -> None:
     attention = loosen_attention(trt, network)
     config = builder.create_builder_config()
     config.progress_monitor = make_monitor(trt, say)
-    config.clear_flag(trt.BuilderFlag.TF32)  # what a recipe keeps in fp32 is meant to have its digits
+    configure(trt, config, job)
     target_config(trt, config, job["capabilities"])
-    add_profile(builder, network, config, job["ranges"])
+    for ranges in (job["ranges"], *job["narrow"]):
+        add_profile(builder, network, config, ranges)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Refused("build", explain(network, errors) or [{"node": "", "operator": "", "message": "no reason given"}])
     Path(job["plan"]).write_bytes(engine)
+    peak = peak_mb()
+    if job["timing"]:
+        keep_timings(config, Path(job["timing"]))
+    layers = look_into(trt, logger, engine, job, errors) if job["inspect"] else None
     del parser  # alive until here: it owns weights that the network points to
     say(
         "done",
@@ -202,7 +271,8 @@ def build(job: Mapping[str, Any], say: Say) -> None:
             "optimization_level": config.builder_optimization_level,
             "decomposable_attention": attention,
         },
-        peak=peak_mb(),
+        inspected=layers,
+        peak=peak,
     )
 
 

@@ -37,26 +37,32 @@ def default_tier(parameters: int) -> Tier:
 
 
 def record(
-    module: nn.Module, spec: ModelSpec, tier: Tier, *, device: str = "cpu", progress: Callable[[str], None]
+    module: nn.Module,
+    spec: ModelSpec,
+    tier: Tier,
+    *,
+    device: str = "cpu",
+    seed: int = SEED,
+    progress: Callable[[str], None],
 ) -> Golden:
-    """Run ``module`` (float32, on ``device``) and record what a parity check needs.
+    """Run ``module`` (float32, on ``device``) and record what a parity check needs, on noise from ``seed``.
 
     Inputs lie on the model's own trajectory, because errors on other inputs say little. Floors in fp16 and bf16
     are recorded in both tiers, fp64 in the full one.
     """
     denoiser = eager(module, spec, device=device)
     progress("golden: single evaluations")
-    steps = _record_steps(denoiser)
+    steps = _record_steps(denoiser, seed)
     trajectories: tuple[Trajectory, ...] = ()
     if tier is Tier.FULL:
         progress("golden: loops")
-        trajectories = _record_trajectories(denoiser)
+        trajectories = _record_trajectories(denoiser, seed)
     golden = Golden(tier=tier, steps=steps, trajectories=trajectories, floors={})
     formats = [name for name in FORMATS if tier is Tier.FULL or name != "fp64"]
     floors = {}
     for name in formats:
         progress(f"golden: eager in {name}")
-        floors[name] = _floor(module, spec, golden, FORMATS[name], device)
+        floors[name] = floor(module, spec, golden, FORMATS[name], device)
     return replace(golden, floors=floors)
 
 
@@ -64,20 +70,20 @@ def _batch(spec: ModelSpec) -> int:
     return spec.num_classes if spec.num_classes is not None and spec.num_classes <= 16 else BATCH
 
 
-def _starting_noise(spec: ModelSpec, batch: int, scale: float) -> np.ndarray:
-    noise = batch_normal(SEED, range(batch), spec.sample_shape(batch)[1:])
+def _starting_noise(spec: ModelSpec, seed: int, batch: int, scale: float) -> np.ndarray:
+    noise = batch_normal(seed, range(batch), spec.sample_shape(batch)[1:])
     return np.asarray(noise * np.float32(scale))
 
 
-def _record_steps(denoiser: Denoiser) -> StepsGolden:
+def _record_steps(denoiser: Denoiser, seed: int) -> StepsGolden:
     spec, batch = denoiser.spec, _batch(denoiser.spec)
-    conditions = synthetic_conditions(spec, batch, SEED)
+    conditions = synthetic_conditions(spec, batch, seed)
     table = solver_table(default_sampler(spec.path), spec.path, spec.prediction, NUM_STEPS)
     seen: list[Step] = []
     sample(
         lambda x, timestep: denoiser(x, timestep, conditions),
         table,
-        _starting_noise(spec, batch, table.init_noise_sigma),
+        _starting_noise(spec, seed, batch, table.init_noise_sigma),
         on_step=seen.append,
     )
     return StepsGolden(
@@ -90,18 +96,18 @@ def _record_steps(denoiser: Denoiser) -> StepsGolden:
     )
 
 
-def _record_trajectories(denoiser: Denoiser) -> tuple[Trajectory, ...]:
+def _record_trajectories(denoiser: Denoiser, seed: int) -> tuple[Trajectory, ...]:
     """The model's default guidance on one seed and, for guided models, no guidance on another."""
     spec, batch = denoiser.spec, _batch(denoiser.spec)
     name = spec.sampling.sampler or default_sampler(spec.path)
     table = solver_table(name, spec.path, spec.prediction, NUM_LOOP_STEPS)
-    conditions = synthetic_conditions(spec, batch, SEED)
+    conditions = synthetic_conditions(spec, batch, seed)
     cases = [("unguided", 1.0)]
     if spec.null_class is not None:
         cases.append(("guided", spec.sampling.guidance_scale if spec.sampling.guidance_scale != 1.0 else 3.0))
     recorded = []
     for number, (case, scale) in enumerate(cases):
-        noise = batch_normal(SEED + 1 + number, range(batch), spec.sample_shape(batch)[1:])
+        noise = batch_normal(seed + 1 + number, range(batch), spec.sample_shape(batch)[1:])
         x_T = np.asarray(noise * np.float32(table.init_noise_sigma))
         unconditional = null_conditions(spec, batch) if scale != 1.0 else {}
         seen: list[np.ndarray] = []
@@ -121,12 +127,13 @@ def _record_trajectories(denoiser: Denoiser) -> tuple[Trajectory, ...]:
                 x_T=x_T,
                 inputs=np.stack(seen),
                 final=final,
+                seed=seed + 1 + number,
             )
         )
     return tuple(recorded)
 
 
-def _floor(module: nn.Module, spec: ModelSpec, golden: Golden, dtype: torch.dtype, device: str) -> Floor:
+def floor(module: nn.Module, spec: ModelSpec, golden: Golden, dtype: torch.dtype, device: str) -> Floor:
     """Run eager in ``dtype`` on the first golden samples; a module that PyTorch cannot run there says so instead."""
     try:
         other = eager(copy.deepcopy(module).to(dtype), spec, dtype=dtype, device=device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lehr import __version__
+from lehr.engines.divergence import record as record_tensors
 from lehr.export.checkpoints.files import Pickles
 from lehr.export.golden import default_tier, record
 from lehr.export.graphs import FOLDER, Cut, compare, loop_settings, make_graphs
@@ -100,6 +101,8 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
             progress("comparing the graph with eager")
             compare(graphs, folder.parent, found, golden)
             write(edit, golden)
+            if tier is Tier.FULL:
+                record_tensors(edit, found.spec, graphs, lambda name: folder.parent / name, golden.steps)
         scheduler = own_tables(source, found.spec, options.steps, progress=progress)
         if scheduler is not None:
             write_tables(edit, scheduler.tables)

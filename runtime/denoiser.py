@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lehr.runtime.device_network import DeviceNetwork
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.noise import standard_normal
 from lehr.runtime.spec import DType, ModelSpec, Varies
@@ -31,10 +32,18 @@ class Denoiser:
         spec: what the network takes and returns.
         run: feeds in, outputs out.
         hoisted: what prepares ``run`` for a loop, if anything does.
+        resident: the same network for loops on a GPU, if it may be on one.
     """
 
-    def __init__(self, spec: ModelSpec, run: Run, *, hoisted: Preparable | None = None) -> None:
-        self.spec, self._run, self._hoisted = spec, run, hoisted
+    def __init__(
+        self,
+        spec: ModelSpec,
+        run: Run,
+        *,
+        hoisted: Preparable | None = None,
+        resident: DeviceNetwork | None = None,
+    ) -> None:
+        self.spec, self._run, self._hoisted, self.resident = spec, run, hoisted, resident
         self._constants: dict[str, Array] = {}
 
     def prepare(
@@ -83,6 +92,13 @@ class Denoiser:
         except InvalidInput as e:
             raise RunFailed(f"{e} The engine has a size baked in; export the model again.") from e
         return outputs[spec.outputs[0].name]
+
+    def check_loop(self, shape: tuple[int, ...], conditions: Mapping[str, Array]) -> None:
+        """Hold a whole loop's feeds against the spec; raises InvalidInput as an evaluation would."""
+        sample = np.broadcast_to(np.zeros((), self.spec.sample.dtype.numpy), shape)
+        steps = np.zeros(shape[0], dtype=self.spec.timestep.dtype.numpy)
+        self.spec.check_feeds({self.spec.sample.name: sample, self.spec.timestep.name: steps, **conditions})
+        self._check_constants(conditions)
 
     def _check_constants(self, conditions: Mapping[str, Array]) -> None:
         for tensor in self.spec.conditions:

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-from lehr.runtime.backends import Session, backend, backends
+from lehr.runtime.backends import Session, backend, drives
+from lehr.runtime.backends.base import DeviceSession
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra
+from lehr.runtime.gpu_engine import gpu_difference, version_difference
 from lehr.runtime.host import host
+from lehr.runtime.refit import FILES
 
 RECORD_VERSION = 2
 STEP = "step"  # the graph that runs at every step, and gives an engine its precision
@@ -201,7 +204,24 @@ def load(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> Session:
     """Load one graph of an engine; raises what :func:`check` does."""
     check(bundle, record, graph)
     plan = record.plans[graph]
-    return backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), plan.options)
+    options = _located(bundle, record, plan.options)
+    session = backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), options)
+    if isinstance(session, DeviceSession):
+        session.check_signature(bundle.manifest.graphs[graph].signature)
+    return session
+
+
+def _located(bundle: Bundle, record: EngineRecord, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Options of a plan without weights with the paths of the files that hold them."""
+    sources = options.get("refit")
+    if sources is None:
+        return options
+    if not isinstance(sources, dict) or not isinstance(sources.get("weights"), str):
+        raise _damaged("a plan without weights does not say where they are")
+    files = {"stored": bundle.path(sources["weights"])}
+    if beside := sources.get("beside"):
+        files["beside"] = bundle.path(f"{record.folder}/{beside}")
+    return {**options, "refit": {**sources, FILES: files}}
 
 
 def check(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> None:
@@ -213,7 +233,7 @@ def check(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> None:
         BundleError: its files are damaged, or it has no such graph.
         MissingExtra: the engine library is not installed.
     """
-    if record.library not in backends():
+    if not drives(record.library):
         raise IncompatibleEngine(
             f"{record.folder} is an engine of {record.library}, which Lehr builds but has no runtime backend for yet. "
             f"Build and run one that it has: lehr build {bundle.root.name} --target cpu"
@@ -238,10 +258,15 @@ def differences(bundle: Bundle, record: EngineRecord) -> list[str]:
         for key, value in record.host.items()
         if here.get(key) != value
     ]
-    if record.library not in backends():
+    if not drives(record.library):
         wrong.append(f"Lehr has no runtime backend for {record.library} yet")
-    elif (version := backend(record.library).version()) != record.library_version:
-        wrong.append(f"{record.library} is {version} here and {record.library_version} where it was built")
+    else:
+        options, version = record.plans[STEP].options, backend(record.library).version()
+        found = (
+            version_difference(record.library, record.library_version, version, options),
+            gpu_difference(record.library, options),
+        )
+        wrong += [reason for reason in found if reason]
     for name, digest in record.sources.items():
         entry = bundle.manifest.known_files.get(name)
         if entry is None or entry.sha256 != digest:

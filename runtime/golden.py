@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime.bundle import Bundle, Edit
+from lehr.runtime.calibrated import calibrated_names, read_calibrated
 from lehr.runtime.errors import BundleError
+from lehr.runtime.recipe import RECIPES
 from lehr.runtime.solver_table import SolverTable
 
 Array = npt.NDArray[Any]
@@ -63,6 +65,7 @@ class Trajectory:
         x_T: (B, C, …) starting sample.
         inputs: (N, B, C, …) what the network saw at every evaluation.
         final: (B, C, …).
+        seed: that ``x_T`` was drawn from, sample k of it being sample k; None in bundles that did not record it.
     """
 
     name: str
@@ -73,19 +76,22 @@ class Trajectory:
     x_T: Array
     inputs: Array
     final: Array
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
     """How far eager itself moves in another format: (K,) score errors, and the worst loop; or why it cannot run.
 
-    ``psnr_db`` and ``snr_db`` are None in tier ``steps``.
+    ``psnr_db`` and ``snr_db`` are None in tier ``steps``. A ``stated`` one is no measurement but what a quantised
+    recipe is allowed, which holds as it is: eager has no such format to measure.
     """
 
     rel_error: tuple[float, ...] = ()
     psnr_db: float | None = None
     snr_db: float | None = None
     unavailable: str | None = None
+    stated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +121,7 @@ def write(edit: Edit, golden: Golden) -> None:
         arrays |= {f"condition.{name}": value for name, value in t.conditions.items()}
         arrays |= {f"unconditional.{name}": value for name, value in t.unconditional.items()}
         edit.add_arrays(f"golden/{t.name}.npz", arrays)
-        cases.append({"name": t.name, "table": table, "guidance_scale": t.guidance_scale})
+        cases.append({"name": t.name, "table": table, "guidance_scale": t.guidance_scale, "seed": t.seed})
     floors = {
         name: {
             "rel_error": list(floor.rel_error),
@@ -124,6 +130,7 @@ def write(edit: Edit, golden: Golden) -> None:
             "unavailable": floor.unavailable,
         }
         for name, floor in golden.floors.items()
+        if not floor.stated
     }
     edit.add_json(INDEX_FILE, {"tier": golden.tier.value, "trajectories": cases, "floors": floors})
 
@@ -149,9 +156,21 @@ def read(bundle: Bundle) -> Golden:
             str(name): Floor(**{**floor, "rel_error": tuple(floor["rel_error"])})
             for name, floor in index["floors"].items()
         }
+        floors |= _stated(bundle, len(steps.timesteps))
         return Golden(tier=Tier(index["tier"]), steps=steps, trajectories=trajectories, floors=floors)
     except (KeyError, TypeError, ValueError) as e:
         raise BundleError(f"the golden data of {bundle.root.name} is damaged: {e}. Export the model again.") from e
+
+
+def _stated(bundle: Bundle, timesteps: int) -> dict[str, Floor]:
+    """What quantised recipes are allowed: those that are shipped, and those that the bundle was calibrated for."""
+    known = {name: recipe for name, recipe in RECIPES.items() if recipe.calibrated}
+    known |= {name: read_calibrated(bundle, name).recipe for name in calibrated_names(bundle)}
+    return {
+        name: Floor(rel_error=(float(recipe.rel_error),) * timesteps, psnr_db=recipe.psnr_db, stated=True)
+        for name, recipe in known.items()
+        if recipe.rel_error is not None
+    }
 
 
 def _read_trajectory(bundle: Bundle, case: Mapping[str, Any]) -> Trajectory:
@@ -165,6 +184,7 @@ def _read_trajectory(bundle: Bundle, case: Mapping[str, Any]) -> Trajectory:
         x_T=np.asarray(arrays["x_T"]),
         inputs=np.asarray(arrays["inputs"]),
         final=np.asarray(arrays["final"]),
+        seed=None if case.get("seed") is None else int(case["seed"]),
     )
 
 

@@ -6,11 +6,14 @@ leaves one half out, the next batch of the same prompt. Nothing is assumed about
 
 The prompt and schedule graphs run before the loop and, where they are large, are released before the step graph is
 loaded, so memory peaks at the larger of the two phases and not at their sum (:class:`Residency`).
+
+On a GPU what they compute never leaves it: the cache holds places in device memory, and batches are composed there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime import engine as engines
-from lehr.runtime.backends.base import Session
+from lehr.runtime.backends.base import DeviceSession, Session
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
+from lehr.runtime.device import DeviceArray, stacked
+from lehr.runtime.device_loop import LoopFeeds
+from lehr.runtime.device_network import DeviceNetwork
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.spec import GraphSpec, ModelSpec, TensorSpec
 
 Array = npt.NDArray[Any]
+Tensor = Array | DeviceArray
 Load = Callable[[str], Session]
 
 PROMPT, SCHEDULE, STEP = "prompt", "schedule", "step"
@@ -73,9 +80,12 @@ def hoisted_denoiser(
 ) -> Denoiser:
     """The network whose graphs ``load`` loads by name: one graph, or the parts it was split into."""
     if set(graphs) == {STEP}:
-        return Denoiser(spec, load(STEP).run)
+        session = load(STEP)
+        return Denoiser(spec, session.run, resident=DeviceNetwork(spec, graphs[STEP], lambda: session))
     network = HoistedNetwork(spec, graphs, load, residency=residency)
-    return Denoiser(spec, network, hoisted=network)
+    resident = DeviceNetwork(spec, graphs[STEP], lambda: network.session(STEP), hoisted=network)
+    network.loops = weakref.ref(resident)  # a cycle would keep device memory until it is collected
+    return Denoiser(spec, network, hoisted=network, resident=resident)
 
 
 @dataclass(slots=True)
@@ -83,7 +93,7 @@ class _Shared:
     """What all samples of one call share: a sample's sizes, and what was computed from those and shared conditions."""
 
     sizes: tuple[int, ...]
-    tensors: dict[str, Array] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,9 @@ class HoistedNetwork:
         graphs: signatures of "step" and of "prompt" and "schedule" as far as they exist.
         load: the session of a graph by name.
         residency: which graphs stay in memory.
+
+    Attributes:
+        loops: returns what must let go of the step graph before it can be released.
     """
 
     def __init__(
@@ -114,6 +127,7 @@ class HoistedNetwork:
     ) -> None:
         self._spec, self._graphs, self._load, self._residency = spec, dict(graphs), load, residency
         self._sessions: dict[str, Session] = {}
+        self.loops: Callable[[], DeviceNetwork | None] = _none
         self._hoisted = {
             tensor.name: tensor for name in (PROMPT, SCHEDULE) if name in graphs for tensor in graphs[name].outputs
         }
@@ -125,11 +139,11 @@ class HoistedNetwork:
         self._schedule_is_shared = not taken & (conditions | {tensor.name for tensor in self._of_prompt})
         self._timesteps: tuple[float, ...] = ()
         self._shared: OrderedDict[bytes, _Shared] = OrderedDict()
-        self._prompts: OrderedDict[_Key, tuple[Array, ...]] = OrderedDict()
-        self._schedules: OrderedDict[tuple[_Key | bytes, float], tuple[Array, ...]] = OrderedDict()
+        self._prompts: OrderedDict[_Key, tuple[Tensor, ...]] = OrderedDict()
+        self._schedules: OrderedDict[tuple[_Key | bytes, float], tuple[Tensor, ...]] = OrderedDict()
         self._bytes = 0
         self._last: tuple[dict[str, Array], tuple[int, ...], tuple[_Key, ...]] | None = None
-        self._assembled: tuple[tuple[_Key, ...], dict[str, Array]] | None = None
+        self._assembled: tuple[tuple[_Key, ...], dict[str, Tensor]] | None = None
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -152,15 +166,29 @@ class HoistedNetwork:
     def __call__(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Evaluate; ``feeds`` holds every input of the spec by name."""
         handed = self.step_feeds(feeds)  # first: it may need the graphs that make room for the step graph
-        return self._session(STEP).run(handed)
+        return self.session(STEP).run(handed)  # type: ignore[arg-type]  # on a GPU a session takes its own arrays, too
 
-    def step_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def loop_feeds(
+        self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...], timesteps: Sequence[float]
+    ) -> LoopFeeds:
+        """What is handed to the step graph in a loop on the device, for the evaluations at ``timesteps``."""
+        keys = self._rows(conditions, sample_shape, timesteps)
+        rows = [[self._schedules[self._schedule_key(key), t] for key in keys] for t in timesteps if self._of_schedule]
+        gathered = {
+            tensor.name: [[_one(row[k]) for row in batch] for batch in rows]
+            for k, tensor in enumerate(self._of_schedule)
+        }
+        return LoopFeeds(
+            gathered=gathered, fixed={**self._prompt_tensors(keys), **self._shared[keys[0].shared].tensors}
+        )
+
+    def step_feeds(self, feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         """What the step graph takes for ``feeds``."""
         sample = feeds[self._spec.sample.name]
         conditions = {tensor.name: feeds[tensor.name] for tensor in self._spec.conditions}
         timesteps = [float(t) for t in feeds[self._spec.timestep.name]]
         keys = self._rows(conditions, sample.shape, timesteps)
-        handed: dict[str, Array] = {}
+        handed: dict[str, Tensor] = {}
         if self._of_schedule:
             rows = [self._schedules[self._schedule_key(key), t] for key, t in zip(keys, timesteps, strict=True)]
             handed.update(_stacked(self._of_schedule, rows))
@@ -168,7 +196,7 @@ class HoistedNetwork:
         handed.update(self._shared[keys[0].shared].tensors)
         return {t.name: handed.get(t.name, feeds.get(t.name)) for t in self._graphs[STEP].inputs}  # type: ignore[misc]
 
-    def _prompt_tensors(self, keys: tuple[_Key, ...]) -> dict[str, Array]:
+    def _prompt_tensors(self, keys: tuple[_Key, ...]) -> dict[str, Tensor]:
         if self._assembled is None or self._assembled[0] != keys:
             self._assembled = keys, _stacked(self._of_prompt, [self._prompts[key] for key in keys])
         return self._assembled[1]
@@ -234,11 +262,11 @@ class HoistedNetwork:
         while start < len(keys):
             part = slice(start, start + length)
             feeds = self._feeds(graph, conditions, rows[part], shared)
-            made = self._session(PROMPT).run(feeds)
+            made = _results(self.session(PROMPT), feeds)
             shared.tensors.update({t.name: made[t.name] for t in graph.outputs if not t.batched})
             tensors = [made[tensor.name] for tensor in self._of_prompt]
             for k, key in enumerate(keys[part]):
-                self._prompts[key] = tuple(np.array(tensor[k]) for tensor in tensors)
+                self._prompts[key] = tuple(_row(tensor, k) for tensor in tensors)
             start, length = start + length, self._account(tensors)
 
     def _compute_schedules(
@@ -255,13 +283,13 @@ class HoistedNetwork:
             feeds.update(shared.tensors)
             timestep = self._spec.timestep
             feeds[timestep.name] = np.array([t for _, _, t in part], dtype=timestep.dtype.numpy)
-            made = self._session(SCHEDULE).run({tensor.name: feeds[tensor.name] for tensor in graph.inputs})
+            made = _results(self.session(SCHEDULE), {tensor.name: feeds[tensor.name] for tensor in graph.inputs})
             tensors = [made[tensor.name] for tensor in self._of_schedule]
             for k, want in enumerate(chunk):
-                self._schedules[want] = tuple(np.array(tensor[k]) for tensor in tensors)
+                self._schedules[want] = tuple(_row(tensor, k) for tensor in tensors)
             start, length = start + length, self._account(tensors)
 
-    def _account(self, tensors: Sequence[Array]) -> int:
+    def _account(self, tensors: Sequence[Tensor]) -> int:
         """Count what was made; returns how many samples the next call may make, now that their size is known."""
         made = sum(tensor.nbytes for tensor in tensors)
         self._bytes += made
@@ -270,10 +298,10 @@ class HoistedNetwork:
 
     def _feeds(
         self, graph: GraphSpec, conditions: Mapping[str, Array], rows: Sequence[int], shared: _Shared
-    ) -> dict[str, Array]:
+    ) -> dict[str, Tensor]:
         """Feeds of a hoisted graph for some samples of a batch; what other graphs make is left to the caller."""
         declared = {tensor.name: tensor for tensor in self._spec.conditions}
-        feeds: dict[str, Array] = {}
+        feeds: dict[str, Tensor] = {}
         for tensor in graph.inputs:
             if tensor.name in declared:
                 value = conditions[tensor.name]
@@ -282,7 +310,8 @@ class HoistedNetwork:
                 feeds[tensor.name] = np.array([len(rows), *shared.sizes], dtype=np.int64)
         return feeds
 
-    def _session(self, name: str) -> Session:
+    def session(self, name: str) -> Session:
+        """A graph's session, loaded where it is not."""
         if name not in self._sessions:
             if self._residency is not Residency.ALL:
                 self._release(keep=(STEP,) if name == STEP else (PROMPT, SCHEDULE))
@@ -291,6 +320,8 @@ class HoistedNetwork:
 
     def _release(self, keep: Sequence[str]) -> None:
         for name in [name for name in self._sessions if name not in keep]:
+            if name == STEP and (loops := self.loops()) is not None:
+                loops.forget()
             del self._sessions[name]
 
     def _evict(self, needed: Sequence[_Key]) -> None:
@@ -313,6 +344,10 @@ class HoistedNetwork:
             self._bytes -= sum(tensor.nbytes for tensor in self._schedules.pop(want))
 
 
+def _none() -> None:
+    """Nobody runs loops."""
+
+
 def _digest(conditions: Mapping[str, Array], batched: Sequence[str], row: int) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name in batched:
@@ -320,8 +355,34 @@ def _digest(conditions: Mapping[str, Array], batched: Sequence[str], row: int) -
     return digest.digest()
 
 
-def _stacked(tensors: Sequence[TensorSpec], rows: Sequence[tuple[Array, ...]]) -> dict[str, Array]:
+def _results(session: Session, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """An engine's results, where it computes them."""
+    if isinstance(session, DeviceSession):
+        return session.run_resident(feeds)
+    return session.run(feeds)  # type: ignore[arg-type]  # an engine on the host was given arrays of the host only
+
+
+def _row(tensor: Tensor, k: int) -> Tensor:
+    """A sample's share of a result; on the host a copy, so that it can be forgotten by itself."""
+    return tensor.row(k) if isinstance(tensor, DeviceArray) else np.array(tensor[k])
+
+
+def _one(row: Tensor) -> DeviceArray:
+    """A sample's share as a batch of one."""
+    if not isinstance(row, DeviceArray):
+        raise TypeError("a loop on the device needs hoisted tensors on the device")
+    return row.reshape((1, *row.shape))
+
+
+def _stacked(tensors: Sequence[TensorSpec], rows: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """One array a tensor, a row a sample; without a copy for a single sample."""
-    if len(rows) == 1:
-        return {tensor.name: rows[0][k][None] for k, tensor in enumerate(tensors)}
-    return {tensor.name: np.stack([row[k] for row in rows]) for k, tensor in enumerate(tensors)}
+    found: dict[str, Tensor] = {}
+    for k, tensor in enumerate(tensors):
+        on_device = [row[k] for row in rows if isinstance(row[k], DeviceArray)]
+        if on_device:
+            found[tensor.name] = stacked(on_device)  # type: ignore[arg-type]
+        elif len(rows) == 1:
+            found[tensor.name] = rows[0][k][None]  # type: ignore[index]
+        else:
+            found[tensor.name] = np.stack([row[k] for row in rows])  # type: ignore[misc]
+    return found

@@ -1,4 +1,4 @@
-"""What one machine needs of a bundle, as one archive: an engine with its tables, and golden data if asked for.
+"""What one machine needs of a bundle, as one archive: an engine or a build kit, tables, and golden data if asked for.
 
 The archive is a plain zip file without compression (plans and weights do not compress), of a folder that is a bundle
 again: its manifest lists what is there and, under ``left_out``, the files that the engine was built from, whose hashes
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import IO
 
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.calibrated import RECORD, calibrated_folder
 from lehr.runtime.commit import MAX_MANIFEST_BYTES, parse_manifest
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.files import storage_errors
 from lehr.runtime.jsonlike import encode_json
+from lehr.runtime.kits import KitRecord
 from lehr.runtime.manifest import Manifest
 from lehr.runtime.names import MANIFEST_NAME
 
@@ -39,12 +41,12 @@ class Packed:
     files: tuple[str, ...]
 
 
-def pack(bundle: Bundle, record: EngineRecord, output: Path, *, golden: bool) -> Packed:
-    """Write the archive of one engine.
+def pack(bundle: Bundle, record: EngineRecord | KitRecord, output: Path, *, golden: bool) -> Packed:
+    """Write the archive of one engine, or of the kit from which a device makes its own.
 
     Args:
         bundle: opened.
-        record: the engine.
+        record: the engine or the kit.
         output: ends in ``.zip``; replaced in one step.
         golden: whether golden data goes along, with which the device can verify itself.
 
@@ -57,7 +59,8 @@ def pack(bundle: Bundle, record: EngineRecord, output: Path, *, golden: bool) ->
         raise InvalidInput(f"an archive's name ends in {SUFFIX}, got {output.name!r}.")
     if golden and not bundle.names("golden/"):
         raise BundleError(f"{bundle.root.name} holds no golden data. Export it with --golden steps or full.")
-    prefixes = [f"{record.folder}/", "tables/", *(["golden/"] if golden else [])]
+    stated = f"{calibrated_folder(record.recipe)}/{RECORD}"  # what a quantised recipe is and what it may lose
+    prefixes = [f"{record.folder}/", "tables/", stated, *(["golden/"] if golden else [])]
     names = sorted(name for prefix in prefixes for name in bundle.names(prefix))
     manifest = replace(
         bundle.manifest,

@@ -13,7 +13,14 @@ from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, class_conditions, null_conditions
 from lehr.runtime.errors import InvalidInput, RunFailed
-from lehr.runtime.guidance import classifier_free, classifier_guided, distilled, embedding_names, guided
+from lehr.runtime.guidance import (
+    classifier_free,
+    classifier_guided,
+    distilled,
+    embedded_scale,
+    embedding_names,
+    guided,
+)
 from lehr.runtime.hoisted import Residency, load_denoiser
 from lehr.runtime.loop import Network, Step, sample
 from lehr.runtime.noise import START, batch_normal, standard_normal
@@ -25,10 +32,11 @@ from lehr.runtime.start import begun_late, fit_mask, fit_sample, keep_known, noi
 from lehr.runtime.stored_tables import SCHEDULER, StoredTables, choose
 from lehr.runtime.table_fit import check_fits
 
-__all__ = ["OnStep", "Pipeline", "Request", "open_denoiser"]
+__all__ = ["OnProgress", "OnStep", "Pipeline", "Request", "open_denoiser"]
 
 Array = npt.NDArray[Any]
 OnStep = Callable[[int, Step], None]
+OnProgress = Callable[[int, int], None]
 
 
 def open_denoiser(
@@ -113,12 +121,17 @@ class Pipeline:
         begin_at = 0 if request.init is None or steps < 1 else start_step(steps, request.share)
         return solver_table(name, spec.path, spec.prediction, steps, eta=request.eta, begin_at=begin_at)
 
-    def __call__(self, request: Request, *, on_step: OnStep | None = None) -> Array:
+    def __call__(
+        self, request: Request, *, on_step: OnStep | None = None, on_progress: OnProgress | None = None
+    ) -> Array:
         """Draw samples.
 
         Args:
             request: what to draw.
-            on_step: called with the batch's first sample number after every evaluation; raise there to cancel.
+            on_step: called with the batch's first sample number after every evaluation; raise there to cancel. It
+                sees every latent, so on a GPU the loop comes back to the host for it.
+            on_progress: called with the batch's first sample number and the evaluation's, which on a GPU is then
+                queued and not yet done; raise there to cancel.
 
         Returns:
             (N, C, H, W) float32 in the model's value range.
@@ -144,7 +157,7 @@ class Pipeline:
             rows = slice(numbers.start, numbers.stop)
             part = self._rows(conditions, rows)
             starts = {name: None if value is None else value[rows] for name, value in given.items()}
-            drawn.append(self._draw(request, table, numbers, part, starts, on_step))
+            drawn.append(self._draw(request, table, numbers, part, starts, on_step, on_progress))
         samples: Array = np.concatenate(drawn)
         broken = [int(k) for k in np.flatnonzero(~np.isfinite(samples).all(axis=tuple(range(1, samples.ndim))))]
         if broken:
@@ -164,6 +177,7 @@ class Pipeline:
         conditions: Mapping[str, Array],
         starts: Mapping[str, Array | None],
         on_step: OnStep | None,
+        on_progress: OnProgress | None,
     ) -> Array:
         """The samples ``numbers``; ``starts`` holds their rows of init, mask and noisy."""
         shape = self.denoiser.spec.sample_shape(1, **request.sizes)[1:]
@@ -176,6 +190,14 @@ class Pipeline:
         def report(step: Step) -> None:
             if on_step is not None:
                 on_step(numbers.start, step)
+            passed(step.index)
+
+        def passed(evaluation: int) -> None:
+            if on_progress is not None:
+                on_progress(numbers.start, evaluation)
+
+        def injected(j: int) -> Array:
+            return noise(1 + request.first_noise + j)
 
         init, mask, noisy = starts["init"], starts["mask"], starts["noisy"]
         network = self._network(request, table, conditions, numbers)
@@ -188,12 +210,17 @@ class Pipeline:
             x_T *= np.float32(table.init_noise_sigma)
         if init is not None and mask is not None:
             network = keep_known(network, table, init, mask)
+        elif on_step is None and (resident := self.denoiser.resident) is not None and resident.runs(table):
+            linear = self._linear_guidance(request, table, conditions, numbers)
+            if linear is not None:
+                self.denoiser.check_loop(x_T.shape, linear[0])
+                return resident.draw(table, x_T, *linear, injected=injected, on_queued=passed)
         final = sample(
             network,
             table,
             x_T,
-            injected=lambda j: noise(1 + request.first_noise + j),
-            on_step=None if on_step is None else report,
+            injected=injected,
+            on_step=None if on_step is None and on_progress is None else report,
         )
         # The loop leaves the known region within rounding; it is given, so it is given back exactly.
         return final if init is None or mask is None else np.where(mask == 0, init, final)
@@ -273,13 +300,39 @@ class Pipeline:
             return guided(
                 evaluate, conditions, without, table, guidance, default_scale=default, guide=self.guide.with_variance
             )
-        unconditional: Mapping[str, Array] = {}
-        if spec.conditions:
-            same = {name: value for name, value in conditions.items() if name in self._batched}
-            unconditional = {**same, **given} if given else null_conditions(spec, batch)
+        unconditional = self._unconditional(request, conditions, numbers)
         if plain:
             return classifier_free(evaluate, conditions, unconditional, scale)
         return guided(evaluate, conditions, unconditional, table, guidance, default_scale=default)
+
+    def _unconditional(self, request: Request, conditions: Mapping[str, Array], numbers: range) -> Mapping[str, Array]:
+        """Conditions of these samples that mean "none"."""
+        if not self.denoiser.spec.conditions:
+            return {}
+        given = self._rows(request.unconditional, slice(numbers.start, numbers.stop))
+        same = {name: value for name, value in conditions.items() if name in self._batched}
+        return {**same, **given} if given else null_conditions(self.denoiser.spec, len(numbers))
+
+    def _linear_guidance(
+        self, request: Request, table: SolverTable, conditions: Mapping[str, Array], numbers: range
+    ) -> tuple[Mapping[str, Array], Mapping[str, Array] | None, Array | None] | None:
+        """Conditions, those that mean "none", and the scale of each evaluation, where guidance is no more than that.
+
+        None where it is not linear in the network's outputs, asks another network, or changes a condition on the way:
+        then the loop stands on the host.
+        """
+        spec, guidance = self.denoiser.spec, request.guidance
+        if self.classifier is not None or self.guide is not None or guidance.acts_on_denoised:
+            return None
+        default = spec.sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        scales = guidance.scales(table, default)
+        if [name for name in embedding_names(spec) if name not in conditions]:
+            if len(np.unique(scales)) > 1:
+                return None
+            return {**conditions, **embedded_scale(spec, float(scales[0]), len(numbers))}, None, None
+        if np.all(scales == 1.0):
+            return conditions, None, None
+        return conditions, self._unconditional(request, conditions, numbers), scales
 
     @staticmethod
     def _guide_conditions(guide: Denoiser, known: Mapping[str, Array]) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lehr.runtime.errors import UnknownName
+from lehr.runtime.errors import InvalidInput, UnknownName
 
 
 class Format(str, Enum):
@@ -14,6 +14,13 @@ class Format(str, Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"  # symmetric, -128 to 127
+    INT4 = "int4"  # symmetric, -8 to 7, a scale for each block of weights
+    FP8 = "fp8"  # E4M3: 4 bits of exponent, 3 of mantissa, up to 448
+    NVFP4 = "nvfp4"  # E2M1 in blocks of 16 whose scales are fp8
+
+
+QUANTISED = frozenset({Format.INT8, Format.INT4, Format.FP8, Format.NVFP4})  # need scales, which calibration finds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +29,11 @@ class Recipe:
 
     Attributes:
         weights: how they are stored.
-        arithmetic: of the step graph; the graphs that run once a loop compute in fp32 whatever the recipe.
+        arithmetic: of the step graph's products; the graphs that run once a loop compute in fp32 whatever the recipe.
+        rest: where products are quantised, the arithmetic of everything else in the step graph.
+        others: further formats of single layers, of a recipe that mixes them.
+        psnr_db, rel_error: the loss that a quantised recipe is allowed, of the final sample and of the score of one
+            evaluation; None where eager PyTorch's own error in the format decides.
     """
 
     name: str
@@ -30,6 +41,33 @@ class Recipe:
     weights: Format
     arithmetic: Format
     summary: str
+    rest: Format = Format.FP32
+    others: tuple[Format, ...] = ()
+    psnr_db: float | None = None
+    rel_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rest in QUANTISED:
+            raise InvalidInput(
+                f"recipe {self.name!r}: the rest cannot be {self.rest.value}; choose fp32, fp16 or bf16."
+            )
+        if self.calibrated and (self.psnr_db is None or self.rel_error is None):
+            raise InvalidInput(f"recipe {self.name!r} is quantised and must state the loss that it is allowed.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs the scales that ``lehr calibrate`` finds."""
+        return bool({self.weights, self.arithmetic, *self.others} & QUANTISED)
+
+    @property
+    def computes(self) -> frozenset[Format]:
+        """What the step graph computes in: its products, and the rest."""
+        return frozenset({self.arithmetic, self.rest} if self.calibrated else {self.arithmetic})
+
+    @property
+    def formats(self) -> frozenset[Format]:
+        """Every format that an engine library must know; weights that are stored in fp32 need none."""
+        return self.computes | {self.weights, *self.others} - {Format.FP32}
 
 
 RECIPES = {
@@ -53,6 +91,60 @@ RECIPES = {
         weights=Format.FP32,
         arithmetic=Format.BF16,
         summary="matrix products and convolutions on bfloat16, whose weights are rounded when the engine is loaded",
+    ),
+    "int8": Recipe(
+        name="int8",
+        version=1,
+        weights=Format.INT8,
+        arithmetic=Format.INT8,
+        psnr_db=22.0,
+        rel_error=0.15,
+        summary="8-bit products: weights a scale each output channel, activations one a tensor",
+    ),
+    "int8-sq": Recipe(
+        name="int8-sq",
+        version=1,
+        weights=Format.INT8,
+        arithmetic=Format.INT8,
+        psnr_db=26.0,
+        rel_error=0.12,
+        summary="int8 after SmoothQuant, which moves outliers from activations into weights",
+    ),
+    "int8-weight": Recipe(
+        name="int8-weight",
+        version=1,
+        weights=Format.INT8,
+        arithmetic=Format.FP32,
+        psnr_db=38.0,
+        rel_error=0.03,
+        summary="weights in 8 bits, arithmetic as before; a quarter of the memory of fp32",
+    ),
+    "int4-weight": Recipe(
+        name="int4-weight",
+        version=1,
+        weights=Format.INT4,
+        arithmetic=Format.FP32,
+        psnr_db=20.0,
+        rel_error=0.25,
+        summary="weights in 4 bits by blocks, scaled by what the activations make of them (AWQ)",
+    ),
+    "fp8": Recipe(
+        name="fp8",
+        version=1,
+        weights=Format.FP8,
+        arithmetic=Format.FP8,
+        psnr_db=24.0,
+        rel_error=0.15,
+        summary="E4M3 products, attention included; CPUs emulate it, to measure what it costs",
+    ),
+    "nvfp4": Recipe(
+        name="nvfp4",
+        version=1,
+        weights=Format.NVFP4,
+        arithmetic=Format.FP32,
+        psnr_db=18.0,
+        rel_error=0.3,
+        summary="weights in 4-bit floating point by blocks of 16; CPUs emulate it",
     ),
 }
 

@@ -2,7 +2,8 @@
 
 Tolerances come from the model's own noise floor: how far eager moves when it is run in another format. An engine
 in the format f may err ``FLOOR_FACTOR`` times as much as eager does in f; for fp32, whose eager error against
-fp64 is tiny, absolute limits hold the rule away from zero.
+fp64 is tiny, absolute limits hold the rule away from zero. Eager has no quantised formats: their recipes state the loss
+that they are allowed.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ def _trajectories(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> L
 def rel_error_limit(golden: Golden, recipe: str) -> float:
     """The largest score error an engine of ``recipe`` may show."""
     floor = golden.floors.get("fp64" if recipe == "fp32" else recipe)
-    own = FLOOR_FACTOR * max(floor.rel_error) if floor and floor.rel_error else 0.0
+    factor = 1.0 if floor is not None and floor.stated else FLOOR_FACTOR
+    own = factor * max(floor.rel_error) if floor and floor.rel_error else 0.0
     return max(own, FP32_REL_ERROR)
 
 
@@ -208,7 +210,7 @@ def psnr_limit(golden: Golden, recipe: str) -> float:
     floor = golden.floors.get("fp64" if recipe == "fp32" else recipe)
     if floor is None or floor.psnr_db is None:
         return FP32_PSNR_DB
-    return min(FP32_PSNR_DB, floor.psnr_db - 20 * float(np.log10(FLOOR_FACTOR)))
+    return min(FP32_PSNR_DB, floor.psnr_db - (0.0 if floor.stated else 20 * float(np.log10(FLOOR_FACTOR))))
 
 
 def record_parity(bundle: Bundle, verdict: Verdict) -> None:

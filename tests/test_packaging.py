@@ -23,6 +23,7 @@ DATA = (
     "export/reference/weights/*.json",
     "export/backbones/*.json",
     "engines/targets/*.toml",
+    "runtime/kernels/*",
     "ci/policies/*.toml",
     "py.typed",
 )

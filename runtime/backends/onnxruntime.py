@@ -1,15 +1,19 @@
-"""ONNX Runtime on the CPU (https://onnxruntime.ai)."""
+"""ONNX Runtime (https://onnxruntime.ai), on the CPU unless an engine names another execution provider.
+
+ONNX Runtime falls back to the CPU without a word where a provider does not load, so what a session really has is looked
+at, and a provider that is missing is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from lehr.runtime.backends.base import Session
-from lehr.runtime.errors import BundleError, MissingExtra, RunFailed
+from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra, RunFailed
 
 try:
     import onnxruntime as ort
@@ -17,6 +21,7 @@ except ModuleNotFoundError as e:
     raise MissingExtra("onnxruntime", "cpu") from e
 
 PROVIDER = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 # Everything ONNX Runtime raises on purpose; they share no public base class.
 FAILURES = (
     ort.capi.onnxruntime_pybind11_state.Fail,
@@ -34,7 +39,8 @@ def session_options(options: Mapping[str, Any]) -> ort.SessionOptions:
 
     Keys: ``intra_op_threads`` (0: one a core), ``spinning`` (worker threads poll between operators: a few per cent
     faster alone, up to 2 x slower for whatever else runs on the same cores), and perhaps ``prepacking`` (weights are
-    copied into the layout of the kernels when the graph is loaded; True if it is not given).
+    copied into the layout of the kernels when the graph is loaded; True if it is not given). Where the graph was seen
+    to need no operator of the CPU, ``cpu_fallback`` is False, and a session that would use one does not open.
     """
     made = ort.SessionOptions()
     made.log_severity_level = 3
@@ -42,7 +48,39 @@ def session_options(options: Mapping[str, Any]) -> ort.SessionOptions:
     made.inter_op_num_threads = 1
     made.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spinning"] else "0")
     made.add_session_config_entry("session.disable_prepacking", "0" if options.get("prepacking", True) else "1")
+    if not options.get("cpu_fallback", True):
+        made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return made
+
+
+def open_session(
+    graph: Path | bytes,
+    made: ort.SessionOptions,
+    options: Mapping[str, Any],
+    disabled_optimizers: Sequence[str] = (),
+) -> ort.InferenceSession:
+    """A session on the provider that ``options`` name under ``provider``, the CPU's behind it for shapes.
+
+    Raises:
+        MissingExtra: this ONNX Runtime was made without the provider.
+        IncompatibleEngine: the provider does not load here, for want of a GPU, a driver or CUDA's libraries.
+    """
+    provider = str(options.get("provider", PROVIDER))
+    if provider == PROVIDER:
+        return ort.InferenceSession(graph, made, providers=[PROVIDER], disabled_optimizers=list(disabled_optimizers))
+    if provider not in ort.get_available_providers():
+        raise MissingExtra(f"onnxruntime with {provider}", "ort-cuda")
+    settings = dict(options.get("provider_options", {}))
+    session = ort.InferenceSession(
+        graph, made, providers=[(provider, settings), PROVIDER], disabled_optimizers=list(disabled_optimizers)
+    )
+    if provider not in session.get_providers():
+        raise IncompatibleEngine(
+            f"ONNX Runtime's {provider} does not load here, and it would compute on the processor without a word. "
+            "It needs an NVIDIA GPU with a driver, and the CUDA and cuDNN libraries of its version. "
+            "lehr doctor says what is here."
+        )
+    return session
 
 
 class OnnxRuntimeSession:
@@ -72,7 +110,7 @@ class OnnxRuntimeBackend:
         made = session_options(options)
         made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return OnnxRuntimeSession(ort.InferenceSession(plan, made, providers=[PROVIDER]))
+            return OnnxRuntimeSession(open_session(plan, made, options))
         except FAILURES as e:
             raise BundleError(f"ONNX Runtime cannot load {plan.name}: {e} Build it again with lehr build.") from e
 

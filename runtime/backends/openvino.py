@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU (https://docs.openvino.ai).
+"""OpenVINO (https://docs.openvino.ai), on the CPU unless an engine says otherwise.
 
 Two defaults of OpenVINO are never left to it. Its CPU plugin computes in bf16 wherever the processor can, also when a
 compiled model is imported without saying otherwise, so the precision is given every time and read back. Its threads
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime.backends.base import Session
-from lehr.runtime.errors import BundleError, MissingExtra, RunFailed
+from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra, RunFailed
 
 try:
     import openvino as ov
@@ -30,15 +31,33 @@ FAILURES = (RuntimeError, TypeError)
 def configuration(options: Mapping[str, Any]) -> dict[str, Any]:
     """OpenVINO's properties from the plain values kept in ``build.json``.
 
-    Keys: ``precision`` (OpenVINO's name of an element type, such as "f32"), ``threads`` (0: one a core).
+    Keys: ``precision`` (OpenVINO's name of an element type, such as "f32"), ``threads`` (0: one a core), and perhaps
+    ``device`` (else the processor) and ``mode``: "latency", or "throughput", where the cores are shared out among
+    several calls at the same time.
     """
-    return {
+    general = {
         "INFERENCE_PRECISION_HINT": str(options["precision"]),
         "EXECUTION_MODE_HINT": "ACCURACY",  # no dynamic quantisation
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": int(options["threads"]),
-        "ENABLE_CPU_PINNING": False,
+        "PERFORMANCE_HINT": str(options.get("mode", "latency")).upper(),
     }
+    if device(options) != DEVICE:
+        return general
+    return {**general, "INFERENCE_NUM_THREADS": int(options["threads"]), "ENABLE_CPU_PINNING": False}
+
+
+def device(options: Mapping[str, Any]) -> str:
+    """OpenVINO's name of the device that an engine is for."""
+    return str(options.get("device", DEVICE))
+
+
+def check_device(name: str) -> None:
+    """Raise IncompatibleEngine for a device that OpenVINO does not find here."""
+    found = [str(one) for one in ov.Core().available_devices]
+    if not any(one.partition(".")[0] == name for one in found):
+        raise IncompatibleEngine(
+            f"OpenVINO finds no {name} on this machine (devices: {', '.join(found) or 'none'}). Install its driver, or "
+            "build for the processor: lehr build NAME.lehr --target cpu --library openvino"
+        )
 
 
 def precision(compiled: ov.CompiledModel) -> str:
@@ -47,7 +66,7 @@ def precision(compiled: ov.CompiledModel) -> str:
 
 
 class OpenVinoSession:
-    """A compiled model with one request, so calls must not overlap.
+    """A compiled model, with a request for each call that may run at the same time: one, unless made for throughput.
 
     Args:
         compiled: the model.
@@ -55,7 +74,11 @@ class OpenVinoSession:
     """
 
     def __init__(self, compiled: ov.CompiledModel, blob: ov.Tensor | None = None) -> None:
-        self._request = compiled.create_infer_request()
+        throughput = "THROUGHPUT" in str(compiled.get_property("PERFORMANCE_HINT")).upper()
+        number = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) if throughput else 1
+        self._idle: SimpleQueue[ov.InferRequest] = SimpleQueue()
+        for _ in range(number):
+            self._idle.put(compiled.create_infer_request())
         self._inputs = {port.get_any_name(): port for port in compiled.inputs}
         # A result that the compiler merged with another tensor bears the names of both.
         self._outputs = {name: port for port in compiled.outputs for name in sorted(port.get_names())}
@@ -63,11 +86,14 @@ class OpenVinoSession:
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         self._check(feeds)
+        request = self._idle.get()
         try:
-            results = self._request.infer(dict(feeds), share_inputs=True)
+            results = request.infer(dict(feeds), share_inputs=True)
+            return {name: np.asarray(results[port]) for name, port in self._outputs.items()}
         except FAILURES as e:
             raise RunFailed(f"OpenVINO failed: {e}") from e
-        return {name: np.asarray(results[port]) for name, port in self._outputs.items()}
+        finally:
+            self._idle.put(request)
 
     def _check(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
         """OpenVINO casts inputs of another type without a word, and ignores some names it does not know."""
@@ -92,9 +118,11 @@ class OpenVinoBackend:
 
     def load(self, plan: Path, options: Mapping[str, Any]) -> Session:
         """Load a compiled model from a mapped file, so its weights are not read twice."""
+        if device(options) != DEVICE:
+            check_device(device(options))
         try:
             blob = ov.Tensor(np.memmap(plan, dtype=np.uint8, mode="c"), shared_memory=True)
-            compiled = ov.Core().import_model(blob, DEVICE, configuration(options))
+            compiled = ov.Core().import_model(blob, device(options), configuration(options))
             achieved = precision(compiled)
         except (*FAILURES, ValueError) as e:  # ValueError: an empty file
             raise BundleError(f"OpenVINO cannot load {plan.name}: {e} Build it again with lehr build.") from e

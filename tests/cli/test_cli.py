@@ -175,7 +175,12 @@ def test_doctor_says_what_is_ready(capsys):
     code, out, _ = lehr("doctor", "--json", capsys=capsys)
     assert code == 0
     assert {part["part"]: part["ready"] for part in json.loads(out)["parts"]}["export"] is True
-    assert lehr("doctor", capsys=capsys)[0] == 0
+    gpu = json.loads(out)["gpu"]
+    assert "missing" in gpu or {"name", "sm", "memory_mb", "cuda", "driver"} < set(gpu)
+    assert set(gpu["libraries"]) == {"tensorrt", "tensorrt_rtx"}
+    code, out, _ = lehr("doctor", capsys=capsys)
+    assert code == 0
+    assert "GPU: " in out
 
 
 # ------------------------------------------------------------------------------------------------ wrong inputs

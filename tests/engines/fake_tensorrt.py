@@ -144,13 +144,37 @@ class IOptimizationProfile(_Strict):
         _note("IOptimizationProfile", "set_shape_input", *row)
 
 
+class ITimingCache(_Strict):
+    def __init__(self, known: bytes) -> None:
+        self._known = known
+
+    def serialize(self) -> bytes:
+        return self._known + b"+timed"
+
+
 class IBuilderConfig(_Strict):
     progress_monitor: Any = None
     num_compute_capabilities = 0
+    builder_optimization_level = 3
+    profiling_verbosity: Any = None
+    hardware_compatibility_level: Any = None
 
-    @property
-    def builder_optimization_level(self) -> int:
-        return 3
+    def set_flag(self, flag: Any) -> None:
+        _note("IBuilderConfig", "set_flag", flag.name)
+
+    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+        _note("IBuilderConfig", "set_memory_pool_limit", pool.name, size)
+
+    def create_timing_cache(self, known: bytes) -> ITimingCache | None:
+        return ITimingCache(known) if not known.startswith(b"damaged") else None
+
+    def set_timing_cache(self, timings: ITimingCache, ignore_mismatch: bool) -> bool:
+        _note("IBuilderConfig", "set_timing_cache", timings._known.decode(), ignore_mismatch)
+        self._timings = timings
+        return True
+
+    def get_timing_cache(self) -> ITimingCache | None:
+        return getattr(self, "_timings", None)
 
     def clear_flag(self, flag: Any) -> None:
         _note("IBuilderConfig", "clear_flag", flag.name)
@@ -189,6 +213,9 @@ class Builder(_Strict):
             os.kill(os.getpid(), signal.SIGABRT)
         if _GOES["way"] == "raise":
             raise ValueError("something nobody expected")
+        if _GOES["way"] == "memory":
+            self._logger.log(ILogger.ERROR, "[virtualMemoryBuffer.cpp] out of memory")
+            return None
         if _GOES["way"] == "build":
             self._logger.log(
                 ILogger.ERROR, "Cannot compile operation 'product_U117' for Turing: FP32 GEMM is not supported"
@@ -200,3 +227,35 @@ class Builder(_Strict):
         if _GOES["way"] == "silence":
             return None
         return b"an engine"
+
+
+class IExecutionContext(_Strict):
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        _note("IExecutionContext", "set_input_shape", name, shape)
+        return True
+
+
+class EngineInspector(_Strict):
+    execution_context: Any = None
+
+    def get_engine_information(self, form: Any) -> str:
+        return json.dumps(_GOES["inspected"])
+
+
+class ICudaEngine(_Strict):
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector()
+
+    def create_execution_context(self) -> IExecutionContext:
+        return IExecutionContext()
+
+
+class Runtime(_Strict):
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def deserialize_cuda_engine(self, plan: bytes) -> ICudaEngine | None:
+        if _GOES["way"] == "driver":
+            self._logger.log(ILogger.ERROR, "CUDA driver version is insufficient for CUDA runtime version")
+            return None
+        return ICudaEngine()

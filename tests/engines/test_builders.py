@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lehr.engines import openvino_cpu
-from lehr.engines.builders import builder, candidates, fitting
+from lehr.engines.builders import builder, builder_for, candidates, fitting
 from lehr.engines.target import target, targets
 from lehr.runtime import host
 from lehr.runtime.backends import backend, backends
@@ -43,7 +43,7 @@ PAIRS = [
     for library in LIBRARIES
     for name in RECIPES
     # What a builder is given for fp16 is a graph in fp16: the library converts nothing.
-    if recipe(name).arithmetic in builder(library).FORMATS - {Format.FP16}
+    if recipe(name).arithmetic in builder(library).FORMATS - {Format.FP16} and not recipe(name).calibrated
 ]
 
 
@@ -282,14 +282,15 @@ def test_without_its_library_a_backend_says_what_to_install(graph, tmp_path, mon
 
 def test_every_library_of_a_target_has_a_builder_and_those_of_the_cpu_a_backend():
     assert set(LIBRARIES) <= set(backends())
-    for library in {name for facts in targets().values() for name in facts.libraries}:
-        assert builder(library).FORMATS
+    for facts in targets().values():
+        for library in (*facts.libraries, *facts.on_request):
+            assert builder_for(facts, library).FORMATS
 
 
 @pytest.mark.parametrize("name", sorted(targets()))
 def test_a_target_has_no_format_that_none_of_its_builders_has(name):
     facts = target(name)
-    built = set().union(*(builder(library).FORMATS for library in facts.libraries))
+    built = set().union(*(builder_for(facts, name).FORMATS for name in (*facts.libraries, *facts.on_request)))
     assert set(facts.formats) <= built or not facts.libraries
 
 

@@ -17,18 +17,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lehr import cli
 from lehr.engines import build as building
-from lehr.engines import tensorrt_family
+from lehr.engines import cache, forecast, tensorrt_family
 from lehr.engines.build import build
 from lehr.engines.builders import TargetBuilder, builder, candidates
 from lehr.engines.graph.lowering.half import write_half
 from lehr.engines.graph.lowering.products import PRODUCTS
+from lehr.engines.graph.tensor_file import SafetensorsFile, TensorInfo, write_safetensors
 from lehr.engines.ranges import MAX_BATCH, InputRange, input_ranges, limits
+from lehr.engines.settings import Compatible, Settings, StoredWeights, Weights
 from lehr.engines.target import Target, target
 from lehr.engines.tensorrt_family import TENSORRT, TENSORRT_RTX
 from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.engine import Plan
-from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
+from lehr.runtime.errors import BuildFailed, IncompatibleEngine, InvalidInput, MissingExtra
+from lehr.runtime.host import gpu_compute_capability
 from lehr.runtime.parity import relative_error
 from lehr.runtime.recipe import Format, recipe
 from lehr.runtime.spec import BATCH, Dim, DType, GraphSpec, TensorSpec, Varies
@@ -40,6 +43,19 @@ WITHOUT_ATTENTION = {"tensorrt 10.3.0", "tensorrt 10.7.0", "tensorrt 10.13.3"}
 RANGES = {
     "x": InputRange(min=(1, 4, 32), opt=(2, 16, 32), max=(16, 32, 32)),
     "x.shape": InputRange(min=(1, 4, 32), opt=(2, 16, 32), max=(16, 32, 32), values=True),
+}
+
+# An engine with one product in fp32, as the inspector of TensorRT 10 words it.
+INSPECTED = {
+    "Layers": [
+        {"Name": "copy", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Float"}], "Outputs": []},
+        {
+            "Name": "in/MatMul",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
+            "Outputs": [{"Name": "q", "Format/Datatype": "Row major linear FP32"}],
+        },
+    ]
 }
 
 
@@ -81,7 +97,9 @@ def graph(tmp_path) -> Path:
     return path
 
 
-def made(family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32", ranges=RANGES, said=None) -> Plan:
+def made(
+    family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32", ranges=RANGES, said=None, **more
+) -> Plan:
     folder.mkdir(exist_ok=True)
     return family.build_for(
         graph,
@@ -92,6 +110,7 @@ def made(family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32"
         ranges=ranges,
         threads=2,
         progress=(said if said is not None else []).append,
+        **more,
     )
 
 
@@ -114,11 +133,12 @@ def fake(tmp_path, monkeypatch):
         folder.mkdir()
         module, _, version = release.partition(" ")
         shutil.copy(HERE / "fake_tensorrt.py", folder / f"{module}.py")
-        goes = {"way": way, "inputs": ["x", "x.shape"], **goes}
+        goes = {"way": way, "inputs": ["x", "x.shape"], "inspected": INSPECTED, **goes}
         (folder / "release.json").write_text(json.dumps({**RELEASES[release], "version": version, "goes": goes}))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: "8.9")
+        monkeypatch.setenv("LEHR_CACHE", str(tmp_path / "cache"))
         calls = folder / "calls.jsonl"
         return (
             TENSORRT if module == "tensorrt" else TENSORRT_RTX,
@@ -163,8 +183,15 @@ def test_the_builder_uses_no_name_that_a_release_has_not(fake, graph, tmp_path, 
     assert said[0].startswith(f"step for {target(name).where}: Building 1/2, ")
 
 
-def test_a_plan_records_what_was_asked_for_and_claims_nothing_that_cannot_be_read_here(fake, graph, tmp_path):
+def without_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: None)
+
+
+def test_a_plan_records_what_was_asked_for_and_claims_nothing_that_cannot_be_read_here(
+    fake, graph, tmp_path, monkeypatch
+):
     family, _, _ = fake("tensorrt_rtx 1.7.1")
+    without_gpu(monkeypatch)
     plan = made(family, graph, tmp_path / "out", name="rtx-30-50")
     assert plan.achieved_precision == {}
     assert plan.operators == {}
@@ -185,6 +212,7 @@ def test_an_engine_for_several_targets_names_each(fake, graph, tmp_path):
 @pytest.mark.parametrize(
     ("way", "says"),
     [
+        ("memory", r"out of memory.*limit --workspace and --tactic-memory"),
         ("parse", r"node 'blocks\.0/odd' \(Odd\): No importer .* Hint: the library does not know.* And 2 more\."),
         ("build", r"node 'product' \(MATRIX_MULTIPLY\): Cannot compile .* Hint: SM 7\.5 .*--recipe fp16"),
         ("silence", "no reason given"),
@@ -237,6 +265,184 @@ def test_tensorrt_builds_for_no_other_gpu_than_the_one_it_finds(fake, graph, tmp
     monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: here)
     with pytest.raises(IncompatibleEngine, match=rf"{says}.*l4 \(SM 8\.9\)"):
         made(family, graph, tmp_path / "out", name="l4")
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+EVERYTHING = Settings(workspace_mb=64, tactic_mb=128, effort=1, compatible=Compatible.VERSION, weights=Weights.STREAMED)
+
+
+@pytest.mark.parametrize("release", TENSORRTS)
+def test_every_setting_reaches_the_library_in_every_release_of_tensorrt(fake, graph, tmp_path, release):
+    family, calls, _ = fake(release)
+    small = {name: InputRange(min=r.opt, opt=r.opt, max=r.opt, values=r.values) for name, r in RANGES.items()}
+    plan = made(family, graph, tmp_path / "out", name="l4", settings=EVERYTHING, narrow=[small])
+    rows = calls()
+    assert ("IBuilderConfig", "set_memory_pool_limit", "WORKSPACE", 64_000_000) in rows
+    assert ("IBuilderConfig", "set_memory_pool_limit", "TACTIC_DRAM", 128_000_000) in rows
+    assert ("IBuilderConfig", "builder_optimization_level", 1) in rows
+    assert {row[2] for row in rows if row[1] == "set_flag"} == {"VERSION_COMPATIBLE", "WEIGHT_STREAMING"}
+    shapes = [row[3:] for row in rows if row[1] == "set_shape"]
+    assert shapes == [([1, 4, 32], [2, 16, 32], [16, 32, 32]), ([2, 16, 32],) * 3]  # the wide profile comes first
+    assert plan.options["optimization_level"] == 1
+    assert plan.options["compatible"] == "version"
+    assert plan.options["weights"] == "streamed"
+    assert plan.options["narrow"] == [{name: r.to_json() for name, r in small.items()}]
+
+
+@pytest.mark.parametrize("release", TENSORRTS)
+def test_an_engine_for_many_gpus_is_made_by_releases_that_can_and_refused_by_others(fake, graph, tmp_path, release):
+    family, calls, _ = fake(release)
+    made(family, graph, tmp_path / "out", name="l4", settings=Settings(compatible=Compatible.HARDWARE))
+    assert ("IBuilderConfig", "hardware_compatibility_level", 0) in calls()  # AMPERE_PLUS, first in the fake's
+    capability = Settings(compatible=Compatible.CAPABILITY)
+    if release in ("tensorrt 10.3.0", "tensorrt 10.7.0"):
+        with pytest.raises(BuildFailed, match="no HardwareCompatibilityLevel SAME_COMPUTE_CAPABILITY; it has AMPERE"):
+            made(family, graph, tmp_path / "same", name="l4", settings=capability)
+    else:
+        assert made(family, graph, tmp_path / "same", name="l4", settings=capability).options["compatible"]
+
+
+@pytest.mark.parametrize("name", ["orin-agx", "thor"])
+def test_hardware_compatible_engines_are_not_promised_for_jetson(fake, graph, tmp_path, monkeypatch, name):
+    family, _, _ = fake("tensorrt 11.4.0")
+    monkeypatch.setattr(tensorrt_family.host, "gpu_compute_capability", lambda: target(name).sm[0])
+    with pytest.raises(InvalidInput, match="Leave out --compatible hardware"):
+        made(family, graph, tmp_path / "out", name=name, settings=Settings(compatible=Compatible.HARDWARE))
+
+
+def test_a_setting_without_use_is_refused(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt_rtx 1.7.1")
+    with pytest.raises(InvalidInput, match="TensorRT-RTX has no use for --compatible, --tactic-memory. Leave"):
+        made(family, graph, tmp_path / "out", settings=EVERYTHING)
+
+
+@pytest.mark.parametrize(("before", "found"), [(None, ""), (b"seven", "seven"), (b"damaged!", "")])
+def test_kernel_timings_are_kept_for_the_next_build_and_damaged_ones_forgotten(fake, graph, tmp_path, before, found):
+    family, calls, _ = fake("tensorrt 11.4.0")
+    file = cache.timing_file("tensorrt", "11.4.0", "sm8.9")
+    if before is not None:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(before)
+    made(family, graph, tmp_path / "out", name="l4")
+    assert ("IBuilderConfig", "set_timing_cache", found, False) in calls()
+    assert file.read_bytes() == f"{found}+timed".encode()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_without_the_cache_nothing_is_written_there(fake, graph, tmp_path):
+    family, calls, _ = fake("tensorrt 11.4.0")
+    made(family, graph, tmp_path / "out", name="l4", settings=Settings(cached=False))
+    assert not (tmp_path / "cache").exists()
+    assert "set_timing_cache" not in {row[1] for row in calls()}
+
+
+def test_a_stripped_plan_says_where_each_weight_is(fake, graph, tmp_path):
+    """x holds the weights as a bundle stores them; the graph has one of them in half and one that is no rounding."""
+    arrays = {init.name: numpy_helper.to_array(init, str(graph.parent)) for init in onnx.load(graph).graph.initializer}
+    rows = [(name, TensorInfo(a.dtype, a.shape), lambda a=a: a) for name, a in arrays.items()]
+    stored = StoredWeights(name="model/weights.safetensors", path=tmp_path / "stored.safetensors", bytes=8192)
+    write_safetensors(stored.path, rows)
+    folder = tmp_path / "half"
+    folder.mkdir()
+    lowered = write_half(graph, folder, keep_high=())
+    changed = onnx.load(lowered)
+    other = next(init for init in changed.graph.initializer if init.name == "w_out.float16")
+    other.CopyFrom(numpy_helper.from_array(arrays["w_out"].astype(np.float16) + np.float16(1), other.name))
+    onnx.save_model(changed, lowered)
+    family, calls, _ = fake("tensorrt 11.4.0", inspected={})
+    plan = made(
+        family,
+        lowered,
+        tmp_path / "out",
+        name="l4",
+        recipe_name="fp16",
+        settings=Settings(weights=Weights.STRIPPED),
+        stored=stored,
+    )
+    assert {row[2] for row in calls() if row[1] == "set_flag"} == {"STRIP_PLAN", "REFIT_IDENTICAL"}
+    refit = plan.options["refit"]
+    assert refit["weights"] == stored.name
+    assert refit["tensors"]["w_in.float16"] == {"in": "stored", "key": "w_in", "dtype": "float16"}
+    assert refit["tensors"]["w_out.float16"] == {"in": "beside", "key": "w_out.float16", "dtype": "float16"}
+    beside = SafetensorsFile(tmp_path / "out" / refit["beside"])
+    assert list(beside.names()) == ["w_out.float16"]
+    np.testing.assert_array_equal(beside.read("w_out.float16"), arrays["w_out"].astype(np.float16) + np.float16(1))
+    with pytest.raises(InvalidInput, match="refitted from a bundle's weights file"):
+        made(family, lowered, tmp_path / "out", name="l4", settings=Settings(weights=Weights.STRIPPED))
+
+
+# ------------------------------------------------------------------------------------------- what the inspector says
+
+
+def layer(kind: str, form: str, name: str = "") -> dict:
+    return {"Name": name, "LayerType": kind, "Inputs": [{"Format/Datatype": form}], "Outputs": []}
+
+
+def test_where_the_gpu_is_formats_and_fusions_are_read_from_the_engine(fake, graph, tmp_path):
+    rows = [
+        layer("gemm", "Row major linear FP16 format"),
+        layer("kgen", "Half", "__myl_MatMul"),
+        layer("kgen", "Float"),
+        layer("Reformat", "Float"),
+        layer("conv", "N/A due to dynamic shapes"),
+    ]
+    family, calls, _ = fake("tensorrt 10.3.0", inspected={"Layers": rows})
+    plan = made(family, graph, tmp_path / "out", name="l4", recipe_name="fp16")
+    assert plan.operators == {"conv": 1, "gemm": 1, "kgen": 2}
+    assert plan.achieved_precision == {"float": 0.3333, "float16": 0.6667}
+    assert ("IExecutionContext", "set_input_shape", "x", [2, 16, 32]) in calls()
+
+
+@pytest.mark.parametrize(("recipe_name", "says"), [("fp16", r"asked for in fp16 .*\(1 in float\)"), ("bf16", "bf16")])
+def test_a_silent_fall_back_to_fp32_fails_the_build(fake, graph, tmp_path, recipe_name, says):
+    family, _, _ = fake("tensorrt 10.13.3")
+    with pytest.raises(BuildFailed, match=says):
+        made(family, graph, tmp_path / "out", name="l4", recipe_name=recipe_name)
+    assert made(family, graph, tmp_path / "out", name="l4").achieved_precision == {"float": 1.0}
+
+
+@pytest.mark.parametrize("inspected", [{}, {"Layers": ["only", "names"]}, {"Layers": [layer("gemm", "N/A")]}])
+def test_what_the_inspector_does_not_say_is_not_claimed(fake, graph, tmp_path, inspected):
+    family, _, _ = fake("tensorrt 10.16.1", inspected=inspected)
+    assert made(family, graph, tmp_path / "out", name="l4", recipe_name="fp16").achieved_precision == {}
+
+
+def test_an_engine_that_the_machines_own_driver_refuses_is_not_kept_for_good(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt 11.4.0", "driver")
+    with pytest.raises(BuildFailed, match=r"does not load on this machine's GPU: CUDA driver version is insufficient"):
+        made(family, graph, tmp_path / "out", name="l4")
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_is_forecast_from_the_weights(fake, graph, tmp_path):
+    family, _, _ = fake("tensorrt_rtx 1.7.1")
+    assert 210 <= made(family, graph, tmp_path / "out").options["forecast_mb"] < 211
+    stored = StoredWeights(name="w", path=graph.parent / "w", bytes=1_000_000_000)
+    assert 3260 < forecast.forecast_mb(graph, stored) < 3261
+
+
+def test_a_build_beyond_the_machines_memory_is_refused_and_one_beyond_the_free_part_announced(
+    fake, graph, tmp_path, monkeypatch
+):
+    family, _, _ = fake("tensorrt_rtx 1.7.1")
+    monkeypatch.setattr(forecast, "memory_mb", lambda: (100.0, 50.0))
+    with pytest.raises(BuildFailed, match=r"about 210 MB of memory to build and this machine has 100 MB"):
+        made(family, graph, tmp_path / "out")
+    monkeypatch.setattr(forecast, "memory_mb", lambda: (1000.0, 50.0))
+    said: list[str] = []
+    made(family, graph, tmp_path / "out", said=said)
+    assert "about 210 MB of memory will be needed and 50 MB are free" in said[0]
+
+
+def test_the_machines_memory_is_known_here():
+    total, free = forecast.memory_mb()
+    assert 100 < free <= total
+
+
+# ----------------------------------------------------------------------------------------------------- not installed
 
 
 def test_a_library_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
@@ -440,10 +646,13 @@ def test_a_bundle_gets_an_engine_for_a_gpu_that_is_not_here_and_says_that_it_can
     assert "calibration/ranges.json" in record.sources
     assert record.peak_rss_mb >= max(plan.options["build_peak_mb"] for plan in record.plans.values()) > 50
     assert record.plans["step"].options["sm"] == ["8.9"]
-    assert engines.differences(opened, record) == ["Lehr has no runtime backend for tensorrt_rtx yet"]
+    if gpu_compute_capability() == "8.9":
+        return
+    (wrong,) = engines.differences(opened, record)
+    assert "the engine is for SM 8.9" in wrong
     for verb in (["run", bundle, "-o", tmp_path / "x.npz"], ["verify", bundle]):
         assert lehr(*verb, "--target", "rtx-40", "--recipe", "fp16") == 5
-        assert "no runtime backend" in capsys.readouterr().err
+        assert "the engine is for SM 8.9" in capsys.readouterr().err
     assert lehr("inspect", bundle) == 0
     assert "rtx-40" in capsys.readouterr().out
 
@@ -501,8 +710,7 @@ def test_without_an_audit_a_half_precision_build_is_refused_with_the_command(dit
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     [
-        ("h100", 4, "no Python module 'tensorrt'"),
-        ("cuda", 2, "Lehr has no builder for target 'cuda' yet"),
+        ("cuda", 6, "pip install 'lehr[ort-cuda]'"),
         ("rtx-20", 2, "The nearest recipe that it runs: --recipe fp16"),
     ],
 )

@@ -30,19 +30,16 @@ def write_graph(model: ir.Model, folder: Path, name: str = "step.onnx") -> Path:
         for key, value in model.graph.initializers.items()
         if isinstance(value.const_value, (ir.ExternalTensor, ir.LazyTensor))
     }
-    infos = {
-        key: TensorInfo(tensor.dtype.numpy(), tuple(int(size) for size in tensor.shape.numpy()))
-        for key, tensor in tensors.items()
-    }
+    infos = {key: _info(tensor) for key, tensor in tensors.items()}
     path = Path(folder) / WEIGHTS_NAME
     places = write_safetensors(path, [(key, infos[key], partial(_read, tensor)) for key, tensor in tensors.items()])
-    for key in tensors:
+    for key, tensor in tensors.items():
         model.graph.initializers[key].const_value = ir.ExternalTensor(
             location=path.name,
             offset=places[key].offset,
             length=places[key].length,
-            dtype=ir.DataType.from_numpy(infos[key].dtype),
-            shape=ir.Shape(infos[key].shape),
+            dtype=tensor.dtype,
+            shape=ir.Shape(tensor.shape),
             name=key,
             base_dir=path.parent.absolute(),
         )
@@ -50,8 +47,17 @@ def write_graph(model: ir.Model, folder: Path, name: str = "step.onnx") -> Path:
     return path.with_name(name)
 
 
+def _info(tensor: ir.ExternalTensor | ir.LazyTensor) -> TensorInfo:
+    """How the file holds it: two numbers of 4 bits are a byte."""
+    if tensor.dtype.itemsize < 1:
+        return TensorInfo(np.dtype(np.uint8), (tensor.nbytes,))
+    return TensorInfo(tensor.dtype.numpy(), tuple(int(size) for size in tensor.shape.numpy()))
+
+
 def _read(tensor: ir.ExternalTensor | ir.LazyTensor) -> npt.NDArray[Any]:
     """A tensor of its own; the pages of the file that it came from are let go."""
+    if tensor.dtype.itemsize < 1:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
     if isinstance(tensor, ir.LazyTensor):
         return tensor.numpy()
     array = np.array(tensor.numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -12,13 +13,18 @@ SCORES = "scores"  # role of the tensor that holds the logits, mask included: NO
 _REFUSED = ("is_causal", "softcap", "qk_matmul_output_mode")
 
 
-def decompose_attention(model: ir.Model) -> ir.passes.PassResult:
+def decompose_attention(model: ir.Model, names: Collection[str] | None = None) -> ir.passes.PassResult:
     """Write softmax(scale Q Kᵀ + mask) V as MatMul, Mul, Add, Softmax, MatMul.
 
     The query is scaled, not the logits: in half precision unscaled logits overflow first. A node with a cache of keys
     and values, a causal flag, a soft cap or fewer heads of keys than of queries stays whole.
+
+    Args:
+        model: changed in place.
+        names: of the nodes to take apart; all without them.
     """
     nodes = [node for node in model.graph if node.op_type == "Attention" and node.domain == "" and _plain(node)]
+    nodes = [node for node in nodes if names is None or node.name in names]
     for node in nodes:
         _decompose(node)
     return ir.passes.PassResult(model, bool(nodes))

@@ -16,6 +16,7 @@ _PARTS = {
     "run, build, verify on a CPU": (("numpy", ""), ("onnxruntime", "cpu")),
     "the same with OpenVINO": (("numpy", ""), ("openvino", "openvino")),
     "build for RTX GPUs": (("tensorrt_rtx_cu13", "trt-rtx"), ("onnx-ir", "export")),
+    "run TensorRT engines on a GPU": (("numpy", ""), ("cuda-python", "trt")),
     "export": (
         ("torch", "export"),
         ("onnx", "export"),
@@ -56,6 +57,30 @@ def _recipes() -> list[dict[str, Any]]:
     return rows
 
 
+def _gpu() -> dict[str, Any]:
+    """The GPU here, and the engine libraries for it, with why one of them cannot be used."""
+    from lehr.runtime import host
+    from lehr.runtime.backends import backend
+    from lehr.runtime.errors import MissingExtra
+    from lehr.runtime.gpu_engine import LIBRARIES
+
+    def said(name: str) -> str:
+        try:
+            return backend(name).version()
+        except MissingExtra as e:
+            return f"missing: {e}"
+
+    return {**host.gpu(), "libraries": {name: said(name) for name in LIBRARIES}}
+
+
+def _gpu_prose(gpu: dict[str, Any]) -> str:
+    if "missing" in gpu:
+        what = f"GPU: none, {gpu['missing']}"
+    else:
+        what = f"GPU: {gpu['name']}, SM {gpu['sm']}, {gpu['memory_mb']} MB, CUDA {gpu['cuda']}, driver {gpu['driver']}"
+    return "\n".join([what, *(f"  {name} {said}" for name, said in gpu["libraries"].items())])
+
+
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
@@ -77,7 +102,7 @@ def command(as_json: bool) -> None:
             missing = [*missing, "Python 3.11"]
         install = None if not missing else f"pip install 'lehr[{','.join(m for m in missing if ' ' not in m)}]'"
         parts.append({"part": part, "ready": not missing, "versions": versions, "install": install})
-    recipes = _recipes()
+    recipes, gpu = _recipes(), _gpu()
     data = {
         "lehr": __version__,
         "python": platform.python_version(),
@@ -85,6 +110,7 @@ def command(as_json: bool) -> None:
         "cpu": host.cpu_name(),
         "cores": host.cores(),
         "host": host.host(),
+        "gpu": gpu,
         "parts": parts,
         "recipes": recipes,
     }
@@ -100,7 +126,7 @@ def command(as_json: bool) -> None:
     prose = (
         f"lehr {data['lehr']}, Python {data['python']}, {data['system']}, {data['cpu']}, {data['cores']} cores\n\n"
         + table(("part", "state", "versions"), rows)
-        + "\n\n"
+        + f"\n\n{_gpu_prose(gpu)}\n\n"
         + table(
             ("recipe", "on this processor", "libraries"),
             [(r["name"], r["reason"] or "yes", " ".join(r["libraries"])) for r in recipes],

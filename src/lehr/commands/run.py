@@ -106,7 +106,6 @@ def command(
 
     from lehr.runtime import picture
     from lehr.runtime.bundle import Bundle
-    from lehr.runtime.loop import Step
     from lehr.runtime.pipeline import Pipeline, Request, open_denoiser
     from lehr.runtime.stored_tables import StoredTables
     from lehr.runtime.whole_loop import WholeLoop
@@ -155,11 +154,11 @@ def command(
         name, evaluations = table.sampler, len(table)
         total = evaluations * -(-request.count // batch)
 
-        def on_step(first: int, step: Step) -> None:
-            progress.steps(first // batch * evaluations + step.index + 1, total, "step")
+        def on_progress(first: int, evaluation: int) -> None:
+            progress.steps(first // batch * evaluations + evaluation + 1, total, "step")
 
         started = time.monotonic()
-        samples = pipeline(request, on_step=on_step)
+        samples = pipeline(request, on_progress=on_progress)
     seconds = time.monotonic() - started
     if output.suffix.lower() == ".png":
         picture.save_png(output, picture.grid(picture.to_bytes(samples, spec.value_range)))

@@ -22,9 +22,20 @@ def command(archive: Path, output: Path | None, as_json: bool) -> None:
       lehr unpack device.zip -o d.lehr --json
     """
     from lehr.runtime.engine import engines
+    from lehr.runtime.kits import kits
     from lehr.runtime.pack import unpack
 
     bundle = unpack(archive, output or Path(f"{archive.stem}.lehr"))
     names = [record.folder for record in engines(bundle)]
-    data = {"bundle": str(bundle.root), "files": bundle.names(), "engines": names}
-    emit(as_json, data, f"{bundle.root}: {', '.join(names)}\nNext: lehr run {bundle.root.name} -o out.png")
+    found = kits(bundle)
+    data = {
+        "bundle": str(bundle.root),
+        "files": bundle.names(),
+        "engines": names,
+        "kits": [kit.folder for kit in found],
+    }
+    commands = [f"Next: lehr run {bundle.root.name} -o out.png"] if names else []
+    for kit in found:
+        words = [bundle.root.name if word.endswith(".lehr") else word for word in kit.command]
+        commands.append(f"Next, to make the engine: {' '.join(words)}")
+    emit(as_json, data, "\n".join([f"{bundle.root}: {', '.join([*names, *data['kits']])}", *commands]))

@@ -1,0 +1,230 @@
+"""The fastest engine within a fidelity budget, Lehr's and everybody else's, on one CPU in one run.
+
+    python benchmarks/budgets.py [MODEL ...] [--nncf-python PYTHON] [--recipes fp32,bf16,...]
+
+Writes benchmarks/results/budgets.json and docs/budgets.png. A budget is the least SQNR that one evaluation may have
+against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Engines take turns, each in a process of its own
+(``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe, after ``lehr
+calibrate`` where the recipe asks for it. Peers start from plain ``torch.onnx.export``; NNCF needs a Python that has it. Models are
+those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import RESULTS, write
+from hoisted_precision import BATCH, MODELS, feeds_of, made
+
+from lehr.engines.bench import Contestant, child_environment, compare
+from lehr.engines.contestants import contestants, peers, runnable
+from lehr.export.source import shipped_weights
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.noise import batch_normal
+from lehr.runtime.timing import write_inputs
+
+NAME = "budgets"
+PICTURE = Path(__file__).parents[1] / "docs" / "budgets.png"
+BUDGETS = (30.0, 36.0, 40.0)
+TIMESTEPS, CALIBRATION = 6, 8
+HERE = Path(__file__).parent
+FACTORY = """
+import sys
+sys.path.insert(0, {here!r})
+from budgets import model_of
+
+def make():
+    return model_of({name!r})
+"""
+
+
+def model_of(name: str) -> tuple[Any, Any]:
+    """A module and its spec, at the sizes it is measured at."""
+    module, spec, sizes = made(name)
+    dims = tuple(replace(dim, default=sizes.get(dim.name, dim.default)) for dim in spec.dims)
+    return module, replace(spec, dims=dims)
+
+
+def evaluations(name: str, seed: int, count: int) -> list[dict[str, Any]]:
+    """Inputs of single evaluations, evenly spaced over the timesteps: the middle one first."""
+    _, spec, sizes = made(name)
+    feeds = feeds_of(spec, sizes)
+    low, high = sorted((spec.path.first_timestep, spec.path.last_timestep))
+    timesteps = np.linspace(low, high, count + 2)[1:-1]
+    shape, kind = feeds[spec.sample.name].shape, spec.timestep.dtype.numpy
+    order = sorted(range(count), key=lambda k: abs(k - count // 2))
+    return [
+        {
+            **feeds,
+            spec.sample.name: batch_normal(seed + k, range(BATCH), shape[1:]),
+            spec.timestep.name: np.full(BATCH, timesteps[k], kind),
+        }
+        for k in order
+    ]
+
+
+def lehr(*words: str) -> str | None:
+    """Run a verb; None if it did what it was asked, else what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lehr", *words], capture_output=True, text=True, check=False, env=child_environment()
+    )
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def our_engines(name: str, recipes: list[str], scratch: Path) -> tuple[list[Contestant], dict[str, str]]:
+    """Lehr's engines of a model, and why some recipes have none."""
+    source, bundle = name, scratch / "model.lehr"
+    if shipped_weights(name) is None:
+        factory = scratch / "model.py"
+        factory.write_text(FACTORY.format(here=str(HERE), name=name))
+        source = f"{factory}:make"
+    failed: dict[str, str] = {}
+    problem = lehr("export", source, "-o", str(bundle), "--golden", "none")
+    if problem:
+        raise RuntimeError(f"export of {name} failed: {problem}")
+    for recipe in recipes:
+        started = time.monotonic()
+        problem = None
+        if recipe not in ("fp32", "bf16"):
+            problem = lehr("calibrate", str(bundle), "--recipe", recipe)
+        problem = problem or lehr("build", str(bundle), "--target", "cpu", "--recipe", recipe, "--library", "auto")
+        if problem:
+            failed[f"lehr {recipe}"] = problem
+        print(f"{name} {recipe}: {problem or 'built'} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+    opened = Bundle.open(bundle)
+    return contestants(opened, runnable(opened, "cpu", ())), failed
+
+
+def quantised(
+    graph: Path, calibration: list[Path], scratch: Path, nncf: str | None
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Peers' quantised engines, and why some tools made none."""
+    tools = {
+        "onnxruntime dynamic int8": ("ort-dynamic", sys.executable, "onnxruntime", "dynamic.onnx"),
+        "onnxruntime static int8": ("ort-static", sys.executable, "onnxruntime", "static.onnx"),
+        "onnxruntime weight-only int8": ("ort-weight-only", sys.executable, "onnxruntime", "weights.onnx"),
+        "openvino + NNCF int8, rest f32": ("nncf", nncf, "openvino-f32", "nncf.xml"),
+        "openvino + NNCF int8, rest bf16": ("nncf", nncf, "openvino", "nncf.xml"),
+    }
+    ready, failed = [], {}
+    for title, (tool, python, library, file) in tools.items():
+        if python is None:
+            failed[title] = "NNCF was not given (--nncf-python)"
+            continue
+        output = scratch / file
+        if not output.is_file():
+            words = [python, str(HERE / "quantised_peers.py"), tool, str(graph), str(output), *map(str, calibration)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                failed[title] = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                continue
+        command = (sys.executable, "-m", "lehr.engines.peers", library, str(output))
+        ready.append(Contestant(name=title, command=command))
+    return ready, failed
+
+
+def measure(name: str, recipes: list[str], nncf: str | None, seconds: float, scratch: Path) -> dict[str, Any]:
+    """One model's engines and what each budget buys."""
+    files = []
+    for kind, seed, count in (("held-out", 100, TIMESTEPS), ("calibration", 500, CALIBRATION)):
+        for k, feeds in enumerate(evaluations(name, seed, count)):
+            files.append(scratch / f"{kind}-{k}.npz")
+            write_inputs(files[-1], feeds)
+    inputs, calibration = files[:TIMESTEPS], files[TIMESTEPS:]
+    ours, failed = our_engines(name, recipes, scratch)
+    source = name if shipped_weights(name) is not None else f"{scratch / 'model.py'}:make"
+    others = peers(source, inputs[0], scratch)
+    made_by_tools, also_failed = quantised(scratch / "peer.onnx", calibration, scratch, nncf)
+    failed |= also_failed
+    rows = compare(
+        [*others, *made_by_tools, *ours],
+        inputs,
+        seconds=seconds,
+        progress=lambda text: print(f"{name}: {text}", file=sys.stderr),
+    )
+    table = [row.to_json() for row in rows] + [{"name": key, "reason": why} for key, why in failed.items()]
+    return {"model": name, "rows": table, "budgets": [bought(table, budget) for budget in BUDGETS]}
+
+
+def bought(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
+    """The fastest engine of each side within a budget."""
+    within = [row for row in rows if row.get("step_ms") and row["sqnr_db"] >= budget]
+    best = {
+        side: min(
+            (row for row in within if row["name"].startswith("lehr ") is mine), key=lambda r: r["step_ms"], default=None
+        )
+        for side, mine in (("lehr", True), ("peer", False))
+    }
+    ours, theirs = best["lehr"], best["peer"]
+    return {
+        "budget_db": budget,
+        "lehr": None if ours is None else ours["name"],
+        "peer": None if theirs is None else theirs["name"],
+        "lehr_ratio": None if ours is None else ours["ratio"],
+        "peer_ratio": None if theirs is None else theirs["ratio"],
+        "times_faster": None if ours is None or theirs is None else round(theirs["ratio"] / ours["ratio"], 3),
+    }
+
+
+def draw(models: list[dict[str, Any]]) -> None:
+    """Time against fidelity, a panel a model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
+    for ax, model in zip(axes.flat, models, strict=False):
+        for mine, colour, mark in ((False, "#888888", "o"), (True, "#c0392b", "D")):
+            rows = [
+                row
+                for row in model["rows"]
+                if row.get("step_ms") and row["name"].startswith("lehr ") is mine and row["name"] != "eager fp32"
+            ]
+            ax.scatter([min(r["sqnr_db"], 60) for r in rows], [r["ratio"] for r in rows], c=colour, marker=mark, s=28)
+            for row in rows:
+                short = row["name"].removeprefix("lehr ").replace("onnxruntime", "ORT").replace("openvino", "OV")
+                ax.annotate(
+                    short.replace("torch.compile", "compile").replace(" (its default)", ""),
+                    (min(row["sqnr_db"], 60), row["ratio"]),
+                    fontsize=6,
+                    color=colour,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                )
+        for budget in BUDGETS:
+            ax.axvline(budget, color="#dddddd", zorder=0)
+        ax.set(title=model["model"], yscale="log", xlabel="SQNR, dB (60 and more at 60)", ylabel="time / eager fp32")
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+    """Measure what is named on the command line, all by default; other models' rows are kept."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--nncf-python")
+    parser.add_argument("--recipes", default="fp32,bf16,int8,int8-sq,int8-weight")
+    parser.add_argument("--seconds", type=float, default=40.0)
+    given = parser.parse_args()
+    stored = RESULTS / f"{NAME}.json"
+    known = {row["model"]: row for row in json.loads(stored.read_text())["models"]} if stored.is_file() else {}
+    for name in given.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            known[name] = measure(name, given.recipes.split(","), given.nncf_python, given.seconds, Path(scratch))
+        models = [known[model] for model in MODELS if model in known]
+        write(NAME, {"models": models})
+        draw(models)
+        print(json.dumps(known[name]["budgets"], indent=1), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

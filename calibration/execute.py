@@ -1,0 +1,120 @@
+"""Step graphs in memory, run by ONNX Runtime as they are written: what a candidate computes, before there is an engine.
+
+Quantise and dequantise nodes are executed one by one and not fused into integer kernels, so the numbers are the
+graph's own on every processor, and formats run that a library has no kernels for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.errors import BundleError, RunFailed
+from lehr.runtime.hoisted import STEP, Load
+
+Array = npt.NDArray[Any]
+
+
+class Session(Protocol):
+    """What runs a step graph."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
+
+
+class OrtGraph:
+    """An ONNX graph in memory, its external weights where they lie.
+
+    Args:
+        model: the graph.
+        threads: 0 is one a core.
+
+    Raises:
+        RunFailed: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
+        options = session_options({"intra_op_threads": threads, "spinning": False})
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        folder = folder_of(model)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=[PROVIDER])
+        except FAILURES as e:
+            raise RunFailed(f"ONNX Runtime cannot run the step graph: {e}") from e
+        self._session = OnnxRuntimeSession(session)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, *, threads: int = 0) -> OrtGraph:
+        """The portable step graph; raises BundleError for structure only, or damaged files."""
+        return cls(step_graph(bundle), threads=threads)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return self._session.run(feeds)
+
+
+def step_graph(bundle: Bundle) -> ir.Model:
+    """A bundle's portable step graph; raises BundleError for structure only, or damaged files."""
+    entry = bundle.manifest.graphs[STEP]
+    if entry.weights is None:
+        raise BundleError(f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only.")
+    bundle.path(entry.weights)
+    return ir.load(bundle.path(entry.file))
+
+
+def hoisted_sessions(bundle: Bundle, step: Any, *, threads: int = 0) -> Load:
+    """Loads the portable prompt and schedule graphs by name; ``step(feeds)`` is what runs the step graph."""
+
+    class Step:
+        def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+            return dict(step(feeds))
+
+    def load(name: str) -> Session:
+        if name == STEP:
+            return Step()
+        entry = bundle.manifest.graphs[name]
+        if entry.weights is not None:
+            bundle.path(entry.weights)
+        options = session_options({"intra_op_threads": threads, "spinning": False})
+        try:
+            return OnnxRuntimeSession(ort.InferenceSession(bundle.path(entry.file), options, providers=[PROVIDER]))
+        except FAILURES as e:
+            raise RunFailed(f"ONNX Runtime cannot run graph {name!r}: {e}") from e
+
+    return load
+
+
+def content_of(model: ir.Model) -> bytes:
+    """A digest of all that a graph computes: its structure, and the bytes of its weights.
+
+    External weights count as where they lie (file name, offset, length); whoever compares digests adds the file's own.
+    """
+    digest = hashlib.sha256(ort.__version__.encode())
+    digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
+    return digest.digest()
+
+
+def inlined(model: ir.Model) -> ir.Model:
+    """The model with its weights in memory, changed in place."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)):
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
+    return model
+
+
+def folder_of(model: ir.Model) -> Path | None:
+    """Where the files of a graph's external weights lie; None if it has none."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            return Path(value.const_value.base_dir)
+    return None

@@ -1,0 +1,358 @@
+"""What calibration knows of activations: histograms and moments, gathered in one pass and without keeping any tensor.
+
+For each tensor: the largest magnitude of every channel in each bucket of timesteps, a histogram for each bucket and
+one for each channel, and each channel's mean, mean magnitude and mean square. From these follow ranges by tensor, by
+channel and by block (:mod:`lehr.calibration.histogram`). What an evaluation counts is the square of its gain: an error
+there moves the final sample that much (:mod:`lehr.runtime.error_gains`).
+
+Shape legend: K buckets, C channels, D inputs of one output (C, or C times the kernel of a convolution).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from lehr.calibration.columns import columns
+from lehr.calibration.configs import Range
+from lehr.calibration.histogram import BINS, count_by_channel, range_of
+from lehr.calibration.layers import Kind, Layer, layers
+from lehr.calibration.ranges import buckets
+from lehr.calibration.trajectories import Trajectories, portable_denoiser, portable_session
+from lehr.engines.graph.cost import nbytes
+from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
+from lehr.runtime.bundle import Bundle
+from lehr.runtime.errors import InvalidInput, RunFailed
+from lehr.runtime.hoisted import STEP
+
+Array = npt.NDArray[Any]
+OnStep = Callable[[int, int], None]
+
+MEMORY = 1 << 29  # bytes of activations that one session hands out at a time
+MAX_GRAM = 8192  # inputs of one output beyond which no matrix of their products is kept (512 MB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorStatistics:
+    """One tensor.
+
+    Attributes:
+        axis: of the channels.
+        low, high: the smallest and largest number.
+        peak: (K, C) float32, the largest magnitude.
+        histogram: (K, BINS) float64, how many magnitudes lie in each bin.
+        by_channel: (C, BINS) float64, the same over all buckets, weighed.
+        mean, magnitude, square: (C,) float64, weighed means of x, |x| and x².
+        weights: (K,) float64, what one number of each bucket counts.
+    """
+
+    axis: int
+    low: float
+    high: float
+    peak: Array
+    histogram: Array
+    by_channel: Array
+    mean: Array
+    magnitude: Array
+    square: Array
+    weights: Array
+
+    def channel_peaks(self) -> Array:
+        """(C,) the largest magnitude of each channel at any timestep."""
+        return np.asarray(self.peak.max(axis=0), np.float64)
+
+    def block_peaks(self, block: int) -> Array:
+        """(ceil(C / block),) the largest magnitude of ``block`` consecutive channels."""
+        return np.maximum.reduceat(self.channel_peaks(), np.arange(0, self.peak.shape[1], block))
+
+    def range_of(self, method: Range, *, levels: int = 127, divisors: Array | None = None) -> float:
+        """The largest magnitude that one scale of the whole tensor should represent.
+
+        Args:
+            method: see :class:`lehr.calibration.configs.Range`.
+            levels: positive numbers of the format.
+            divisors: (C,) what channels are divided by first, rounded to whole bins for the histogram.
+        """
+        if divisors is None:
+            return range_of(self.weights @ self.histogram, float(self.peak.max()), method, levels)
+        peak = float((self.channel_peaks() / divisors).max())
+        return range_of(self.divided(divisors), peak, method, levels)
+
+    def divided(self, divisors: Array) -> Array:
+        """(BINS,) the weighed histogram of the tensor with its channels divided by ``divisors``, to a bin's width."""
+        moved = np.round(8 * np.log2(divisors)).astype(np.int64)
+        place = np.clip(np.arange(BINS)[None] - moved[:, None], 0, BINS - 1)
+        return np.bincount(place.reshape(-1), weights=self.by_channel.reshape(-1), minlength=BINS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What was observed.
+
+    Attributes:
+        tensors: by name, in the step graph.
+        grams: layer -> (D, D) float64, weighed mean of the products of its inputs, for rounding that needs them.
+        without_gram: layers for which they were asked and cannot be: grouped convolutions, or too many inputs.
+        timesteps: (K, 2) float64, the first and last timestep of each bucket.
+        evaluations, samples: how much was looked at.
+        digest: SHA-256 of what determines them: the data and the graph.
+    """
+
+    tensors: Mapping[str, TensorStatistics]
+    grams: Mapping[str, Array]
+    timesteps: Array
+    evaluations: int
+    samples: int
+    digest: str
+    without_gram: frozenset[str] = frozenset()
+
+    def of(self, name: str) -> TensorStatistics:
+        """Those of a tensor; raises InvalidInput for one that was not observed."""
+        if name not in self.tensors:
+            raise InvalidInput(
+                f"tensor {name!r} was not observed, so it has no range ({len(self.tensors)} tensors were). "
+                "The statistics are of another graph: calibrate again."
+            )
+        return self.tensors[name]
+
+
+def observe(
+    bundle: Bundle,
+    trajectories: Trajectories,
+    *,
+    model: ir.Model | None = None,
+    grams: Collection[str] = (),
+    memory: int = MEMORY,
+    threads: int = 0,
+    on_step: OnStep | None = None,
+) -> Statistics:
+    """Run the step graph over calibration data and gather what its layers read.
+
+    All tensors are gathered in one pass; where they need more than ``memory`` at once, the graph runs once for each
+    share of them.
+
+    Args:
+        bundle: with the portable graphs.
+        trajectories: of this bundle's model.
+        model: the step graph, by default the bundle's; it is not changed.
+        grams: names of layers whose products of inputs are wanted.
+        memory: bytes of activations at a time.
+        threads: of ONNX Runtime; 0 is one a core.
+        on_step: told how many of all evaluations are done.
+
+    Raises:
+        InvalidInput: the graph is quantised already, or a layer that it has not.
+        RunFailed: a tensor is not finite; or ONNX Runtime fails.
+    """
+    entry = bundle.manifest.graphs[STEP]
+    path = bundle.path(entry.file)
+    spec = bundle.manifest.model
+    graph = ir.load(path) if model is None else model
+    found = {layer.name: layer for layer in layers(graph, sample=spec.sample.name)}
+    unknown = sorted(set(grams) - set(found))
+    if unknown:
+        raise InvalidInput(f"the step graph has no layer {unknown[0]!r} to gather products of inputs for.")
+    text = ir.to_proto(graph).SerializeToString(deterministic=True)
+    wanted = _wanted(found.values())
+    first = next(trajectories.evaluations())
+    sizes = {**spec.default_sizes(batch=len(first.sample)), "batch": len(first.sample)}
+    observer = _Observer(text, path.parent, wanted, sizes, memory, threads)
+    denoiser = portable_denoiser(bundle, lambda: observer, threads=threads)
+    place = buckets(trajectories.timesteps)
+    weights = _bucket_weights(trajectories, place)
+    gathered = {name: _Gathering(axis=axis, buckets=len(weights)) for name, axis in wanted.items()}
+    products: dict[str, _Gram] = {name: _Gram(layer=found[name], node=_node(graph, name)) for name in sorted(grams)}
+    total, done = len(trajectories.timesteps) * len(trajectories.parts), 0
+    for evaluation in trajectories.evaluations():
+        bucket = place[float(trajectories.timesteps[evaluation.index])]  # the network was told it in fewer digits
+        if done == 0 or evaluation.index == 0:
+            denoiser.prepare(trajectories.timesteps, evaluation.sample.shape[1:], [evaluation.conditions])
+
+        def take(name: str, value: Array, bucket: int = bucket, timestep: float = evaluation.timestep) -> None:
+            if not np.all(np.isfinite(value)):
+                raise RunFailed(
+                    f"tensor {name!r} is not finite at timestep {timestep:g}; the weights or the calibration data are "
+                    "wrong. Check the model with lehr verify."
+                )
+            gathered[name].add(value, bucket, float(weights[bucket]))
+            for product in products.values():
+                if product.layer.inputs[0] == name:
+                    product.add(value, float(weights[bucket]))
+
+        observer.take = take
+        denoiser.with_variance(evaluation.sample, evaluation.timestep, evaluation.conditions)
+        done += 1
+        if on_step is not None:
+            on_step(min(done, total), total)
+    digest = hashlib.sha256(trajectories.digest.encode() + hashlib.sha256(text).digest()).hexdigest()
+    members = [[t for t in place if place[t] == k] for k in range(len(weights))]
+    return Statistics(
+        tensors={name: made.result(weights) for name, made in gathered.items()},
+        grams={name: product.result() for name, product in products.items() if product.total > 0},
+        timesteps=np.array([(ts[0], ts[-1]) for ts in members], np.float64),
+        evaluations=done,
+        samples=trajectories.samples,
+        digest=digest,
+        without_gram=frozenset(name for name, product in products.items() if product.total == 0),
+    )
+
+
+def _bucket_weights(trajectories: Trajectories, place: Mapping[float, int]) -> Array:
+    """Mean square of the gains in each bucket, over the mean of all."""
+    squares = np.asarray(trajectories.gains, np.float64) ** 2
+    squares = squares / squares.mean() if squares.mean() > 0 else np.ones_like(squares)
+    of = np.array([place[float(t)] for t in trajectories.timesteps])
+    # An evaluation whose error cannot reach the final sample at once still moves later ones: none counts for nothing.
+    return np.array([max(float(squares[of == k].mean()), 1e-2) for k in range(max(place.values()) + 1)])
+
+
+def _wanted(found: Collection[Layer]) -> dict[str, int]:
+    """Tensor -> axis of its channels, for every activation that a layer multiplies."""
+    wanted: dict[str, int] = {}
+    for layer in found:
+        for name in layer.inputs:
+            wanted.setdefault(name, 1 if layer.kind is Kind.CONV else -1)
+    return wanted
+
+
+def _node(graph: ir.Model, name: str) -> ir.Node:
+    return next(node for node in graph.graph if node.name == name)
+
+
+# ------------------------------------------------------------------------------------------------- one tensor
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """Statistics of one tensor as they grow."""
+
+    axis: int
+    buckets: int
+    low: float = math.inf
+    high: float = -math.inf
+    count: float = 0.0
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, value: Array, bucket: int, weight: float) -> None:
+        rows = np.moveaxis(value, self.axis, -1).reshape(-1, value.shape[self.axis])
+        rows = np.ascontiguousarray(rows, np.float32)
+        channels = rows.shape[1]
+        if not self.arrays:
+            self.arrays = {
+                "peak": np.zeros((self.buckets, channels), np.float32),
+                "histogram": np.zeros((self.buckets, BINS)),
+                "by_channel": np.zeros((channels, BINS)),
+                **{name: np.zeros(channels) for name in ("mean", "magnitude", "square")},
+            }
+        kept = self.arrays
+        counts = count_by_channel(rows)
+        kept["histogram"][bucket] += counts.sum(axis=0)
+        kept["by_channel"] += weight * counts
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        np.maximum(kept["peak"][bucket], np.maximum(-low, high), out=kept["peak"][bucket])
+        self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
+        kept["mean"] += weight * rows.sum(axis=0, dtype=np.float64)
+        kept["square"] += weight * np.einsum("nc,nc->c", rows, rows, dtype=np.float64)
+        kept["magnitude"] += weight * np.abs(rows).sum(axis=0, dtype=np.float64)
+        self.count += weight * len(rows)
+
+    def result(self, weights: Array) -> TensorStatistics:
+        if not self.arrays:
+            raise RunFailed("no calibration data reached the step graph; collect it again.")
+        moments = {name: self.arrays[name] / self.count for name in ("mean", "magnitude", "square")}
+        plain = {name: self.arrays[name] for name in ("peak", "histogram", "by_channel")}
+        return TensorStatistics(
+            axis=self.axis, low=self.low, high=self.high, weights=np.array(weights), **plain, **moments
+        )
+
+
+@dataclass(slots=True)
+class _Gram:
+    """Mean products of a layer's inputs, as they grow."""
+
+    layer: Layer
+    node: ir.Node
+    total: float = 0.0
+    sum: Array | None = None
+
+    def add(self, value: Array, weight: float) -> None:
+        rows = columns(self.node, value, self.layer.weight_shape)
+        if rows is None or rows.shape[1] > MAX_GRAM:
+            return
+        products = (rows.T @ rows).astype(np.float64)
+        self.sum = weight * products if self.sum is None else self.sum + weight * products
+        self.total += weight * len(rows)
+
+    def result(self) -> Array:
+        return np.asarray(self.sum) / self.total
+
+
+# ----------------------------------------------------------------------------------------------------- the session
+
+
+class _Observer:
+    """The step graph as a session that hands out the tensors that are gathered, one share of them after the other."""
+
+    def __init__(
+        self, text: bytes, weights: Path, wanted: Mapping[str, int], sizes: Mapping[str, int], memory: int, threads: int
+    ) -> None:
+        self._inputs: frozenset[str] = frozenset()
+        self._sessions = []
+        self.take: Callable[[str, Array], None] = lambda name, value: None
+        for names in _shares(text, wanted, sizes, memory):
+            model, inputs = _with_outputs(text, names)
+            self._inputs |= inputs
+            session = portable_session(ir.to_proto(model).SerializeToString(), weights, threads)
+            self._sessions.append((OnnxRuntimeSession(session), [name for name in names if name not in inputs]))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        outputs: dict[str, Array] = {}
+        for session, names in self._sessions:
+            made = session.run(feeds)
+            for name in names:
+                self.take(name, made.pop(name))
+            outputs = made
+        for name in sorted(self._inputs):
+            self.take(name, feeds[name])
+        return outputs
+
+
+def _with_outputs(text: bytes, names: Sequence[str]) -> tuple[ir.Model, frozenset[str]]:
+    """The graph with more outputs; and which of ``names`` are inputs, which need none."""
+    import onnx
+
+    model = ir.from_proto(onnx.load_from_string(text))
+    inputs = frozenset(str(value.name) for value in model.graph.inputs) & frozenset(names)
+    known = {str(value.name) for value in model.graph.outputs}
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    for name in names:
+        if name not in inputs and name not in known:
+            model.graph.outputs.append(values[name])
+    return model, inputs
+
+
+def _shares(text: bytes, wanted: Mapping[str, int], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
+    """The tensors in groups of at most ``memory`` bytes, a larger one alone; unknown sizes count for nothing."""
+    import onnx
+
+    model = ir.from_proto(onnx.load_from_string(text))
+    values = {str(value.name): value for value in model.graph.inputs}
+    values |= {str(value.name): value for node in model.graph for value in node.outputs}
+    shares: list[list[str]] = [[]]
+    held = 0
+    for name in wanted:
+        size = nbytes(values[name], sizes) or 0
+        if shares[-1] and held + size > memory:
+            shares.append([])
+            held = 0
+        shares[-1].append(name)
+        held += size
+    return shares

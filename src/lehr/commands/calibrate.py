@@ -1,0 +1,164 @@
+"""``lehr calibrate``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lehr.commands._output import Progress, bundle_argument, emit, json_option, table
+
+if TYPE_CHECKING:
+    from lehr.calibration.calibrate import Calibration, Data
+
+_RESTS = ("fp32", "bf16", "fp16")
+
+
+@click.command("calibrate")
+@bundle_argument
+@click.option("--recipe", help="A quantised recipe; see lehr list recipes.")
+@click.option("--budget", help="Instead of a recipe the loss to keep, as psnr>=35, ssim>=0.98, score_error<=0.02.")
+@click.option("--target", help="With --budget: the class of machine whose formats and costs count.  [default: a CPU]")
+@click.option(
+    "--costs",
+    default="static",
+    show_default=True,
+    type=click.Choice(("static", "measured")),
+    help="With --budget: layers cost what a model of the target says, or what they take on this machine.",
+)
+@click.option(
+    "--held-out", default=64, show_default=True, type=click.IntRange(16, 1 << 14), help="Samples to judge by."
+)
+@click.option("--time-limit", default=600.0, show_default=True, type=click.FloatRange(1.0), help="Seconds of search.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Recorded inputs of the denoiser, FILE.npz or a folder of them.  [default: drawn by the model's own sampler]",
+)
+@click.option("--num", default=32, show_default=True, type=click.IntRange(1), help="Samples drawn for calibration.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.  [default: the model's own]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 31) - 1), help="Of those samples.")
+@click.option("--rest", type=click.Choice(_RESTS), help="Arithmetic of what is not quantised.  [default: the recipe's]")
+@click.option("--name", help="Keep the result under this name.  [default: the recipe's]")
+@click.option(
+    "--trajectories",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where calibration data is kept between runs.  [default: the user's cache]",
+)
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="0: one a core.")
+@json_option
+def command(
+    bundle: Path,
+    recipe: str | None,
+    budget: str | None,
+    target: str | None,
+    costs: str,
+    held_out: int,
+    time_limit: float,
+    data: Path | None,
+    num: int,
+    steps: int | None,
+    seed: int,
+    rest: str | None,
+    name: str | None,
+    trajectories: Path | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Find the scales of a quantised recipe, and keep its graph in the bundle.
+
+    Draws samples in fp32, guidance included, and keeps every evaluation's inputs; an interrupted run goes on where it
+    was. The same bundle, data and options give the same bytes (calibration/RECIPE/).
+
+    With --budget it searches for the cheapest mixture of formats, layer by layer, whose final samples on held-out seeds
+    keep the budget, and stores it as recipe "mixed". Exit code 1 if there is none.
+
+    \b
+    Examples:
+      lehr calibrate d.lehr --recipe int8-sq && lehr build d.lehr --recipe int8-sq
+      lehr calibrate d.lehr --recipe int8-sq --rest bf16 --name int8-fast
+      lehr calibrate d.lehr --recipe fp8 --data recorded/ --json
+      lehr calibrate d.lehr --budget "psnr>=35" && lehr build d.lehr --recipe mixed
+    """
+    from lehr.runtime.errors import MissingExtra
+
+    try:
+        from lehr.calibration.calibrate import Data
+    except ModuleNotFoundError as e:
+        raise MissingExtra(e.name or "onnx_ir", "export") from e
+
+    source = Data(path=data, num=num, steps=steps, seed=seed, folder=trajectories, threads=threads)
+    if (recipe is None) == (budget is None):
+        raise click.UsageError(
+            "what is to be calibrated? Give --recipe, one of those that lehr list recipes shows, or --budget, the loss "
+            "to keep."
+        )
+    if budget is not None:
+        from lehr.commands._budget import Asked, by_budget
+
+        asked = Asked(
+            budget=budget,
+            target=target,
+            costs=costs,
+            held_out=held_out,
+            time_limit=time_limit,
+            rest=rest,
+            name=name,
+            steps=steps,
+        )
+        by_budget(bundle, asked, source, as_json)
+        return
+    if target is not None or costs != "static":
+        raise click.UsageError("--target and --costs go with --budget; a recipe's graph is the same for every target.")
+    _by_recipe(bundle, str(recipe), source, rest, name, as_json)
+
+
+def _by_recipe(bundle: Path, recipe: str, source: Data, rest: str | None, name: str | None, as_json: bool) -> None:
+    from lehr.calibration.calibrate import calibrate
+    from lehr.runtime.bundle import Bundle
+    from lehr.runtime.recipe import Format
+
+    progress = Progress()
+    progress(f"calibrating {bundle} for {recipe}")
+    opened = Bundle.open(bundle)
+    made = calibrate(
+        opened,
+        recipe,
+        data=source,
+        rest=None if rest is None else Format(rest),
+        stored_as=name,
+        on_step=lambda what, done, total: progress.steps(done, total, f"{what}, evaluation"),
+    )
+    emit(as_json, data_of(made), _prose(made, bundle))
+
+
+def data_of(made: Calibration) -> dict[str, Any]:
+    """The fields of ``--json``."""
+    return {
+        "recipe": made.recipe.name,
+        "weights": made.recipe.weights.value,
+        "arithmetic": made.recipe.arithmetic.value,
+        "rest": made.recipe.rest.value,
+        "layers": made.layers,
+        "quantised": len(made.plan),
+        "weight_bytes": made.weight_bytes,
+        "portable_bytes": made.portable_bytes,
+        "statistics": made.digest,
+        "files": dict(made.files),
+    }
+
+
+def _prose(made: Calibration, bundle: Path) -> str:
+    kinds = Counter(type(config).__name__ for config in made.plan.values())
+    rows = [(name, count) for name, count in sorted(kinds.items())]
+    rows.append(("as before", made.layers - len(made.plan)))
+    share = made.weight_bytes / max(made.portable_bytes, 1)
+    name = made.recipe.name
+    told = (
+        f"recipe {name}: {made.weight_bytes / 1e6:,.1f} MB of weights in the step graph, {share:.2f} of what they "
+        f"were; what is not quantised computes in {made.recipe.rest.value}.\n"
+        f"Next: lehr build {bundle} --recipe {name} && lehr verify {bundle} --recipe {name}"
+    )
+    return "\n\n".join((table(("quantised as", "layers"), rows), told))

@@ -1,0 +1,74 @@
+"""Budgets: what may be asked for, and when a measurement has seen enough."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lehr.calibration.budget import LEAST, Budget, Losses, Measure, parse_budget
+from lehr.runtime.errors import InvalidInput, UnknownName
+
+
+def losses(values: list[float], score_error: float | None = None) -> Losses:
+    kept = tuple(values)
+    return Losses(psnr_db=kept, snr_db=kept, ssim=kept, cosine=kept, score_error=score_error)
+
+
+@pytest.mark.parametrize(
+    "text, measure, limit",
+    [
+        ("psnr>=35", Measure.PSNR, 35.0),
+        (" psnr >= 35.5 dB ", Measure.PSNR, 35.5),
+        ("ssim>=0.98", Measure.SSIM, 0.98),
+        ("cosine>=.5", None, 0.5),
+        ("score_error<=2e-2", Measure.SCORE_ERROR, 0.02),
+    ],
+)
+def test_a_budget_is_read_as_it_is_written(text: str, measure: Measure | None, limit: float) -> None:
+    if measure is None:
+        with pytest.raises(InvalidInput, match="no budget"):
+            parse_budget(text)
+        return
+    assert parse_budget(text) == Budget(measure=measure, limit=limit)
+    assert parse_budget(str(parse_budget(text))) == parse_budget(text)
+
+
+@pytest.mark.parametrize("text", ["psnr<=35", "score_error>=0.1", "ssim>=1.5", "score_error<=-1", "35", "psnr>=nan"])
+def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_budget(text)
+
+
+def test_an_unknown_measure_names_the_known_ones_and_fid_says_why_not() -> None:
+    with pytest.raises(UnknownName, match="psnr"):
+        parse_budget("psnrr>=3")
+    with pytest.raises(InvalidInput, match="lehr gate"):
+        parse_budget("fid<=5")
+
+
+@given(st.lists(st.floats(-50, 90), min_size=2, max_size=40), st.floats(-40, 80))
+def test_a_budget_is_met_exactly_where_the_mean_keeps_the_limit(values: list[float], limit: float) -> None:
+    measured = losses(values, score_error=abs(values[0]))
+    assert Budget(measure=Measure.PSNR, limit=limit).met(measured) == (math.fsum(values) / len(values) - limit >= 0)
+    on_score = Budget(measure=Measure.SCORE_ERROR, limit=abs(limit))
+    assert on_score.met(measured) == (abs(limit) - abs(values[0]) >= 0)
+
+
+@given(st.floats(20, 50), st.floats(0.01, 3))
+def test_a_measurement_ends_early_only_where_the_answer_is_clear(mean: float, spread: float) -> None:
+    values = [mean + spread * (-1) ** k for k in range(LEAST)]
+    error = losses(values).standard_error(Measure.PSNR)
+    assert Budget(measure=Measure.PSNR, limit=mean - 4 * error).decided(losses(values))
+    assert Budget(measure=Measure.PSNR, limit=mean + 4 * error).decided(losses(values))
+    assert not Budget(measure=Measure.PSNR, limit=mean + 2 * error).decided(losses(values))
+    assert not Budget(measure=Measure.PSNR, limit=mean - 4 * error).decided(losses(values[: LEAST - 1]))
+
+
+def test_losses_come_back_from_json_as_they_were() -> None:
+    measured = losses([1.5, 2.25], score_error=0.125)
+    assert Losses.from_json(measured.to_json()) == measured
+    assert measured.extended(losses([3.0])).psnr_db == (1.5, 2.25, 3.0)
+    assert measured.worst(Measure.PSNR) == 1.5
