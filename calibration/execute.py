@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,30 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A graph as bytes; writing it is when weights are rounded, so it is done once.
+
+    Attributes:
+        text: the ONNX file's content.
+        folder: where external weights lie, if there are any.
+    """
+
+    text: bytes
+    folder: Path | None
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Written:
+        return cls(ir.to_proto(model).SerializeToString(deterministic=True), folder_of(model))
+
+    def digest(self) -> bytes:
+        """Of all that the graph computes: its structure, and the bytes of its weights.
+
+        External weights count as where they lie (file name, offset, length); whoever compares adds the file's own.
+        """
+        return hashlib.sha256(ort.__version__.encode() + self.text).digest()
+
+
 class OrtGraph:
     """An ONNX graph in memory, its external weights where they lie.
 
@@ -41,14 +66,20 @@ class OrtGraph:
         RunFailed: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
+    def __init__(self, model: ir.Model | Written, *, threads: int = 0) -> None:
+        written = model if isinstance(model, Written) else Written.of(model)
         options = session_options({"intra_op_threads": threads, "spinning": False})
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        folder = folder_of(model)
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        if written.folder is not None:
+            folder = str(written.folder)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=[PROVIDER])
+            session = ort.InferenceSession(
+                written.text,
+                options,
+                providers=[PROVIDER],
+                disabled_optimizers=["ReluQuantRewrite"],  # takes the zero of fp8 for the least number, drops Relus
+            )
         except FAILURES as e:
             raise RunFailed(f"ONNX Runtime cannot run the step graph: {e}") from e
         self._session = OnnxRuntimeSession(session)
@@ -91,16 +122,6 @@ def hoisted_sessions(bundle: Bundle, step: Any, *, threads: int = 0) -> Load:
             raise RunFailed(f"ONNX Runtime cannot run graph {name!r}: {e}") from e
 
     return load
-
-
-def content_of(model: ir.Model) -> bytes:
-    """A digest of all that a graph computes: its structure, and the bytes of its weights.
-
-    External weights count as where they lie (file name, offset, length); whoever compares digests adds the file's own.
-    """
-    digest = hashlib.sha256(ort.__version__.encode())
-    digest.update(ir.to_proto(model).SerializeToString(deterministic=True))
-    return digest.digest()
 
 
 def inlined(model: ir.Model) -> ir.Model:

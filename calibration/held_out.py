@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lehr.calibration.budget import Budget, Losses
-from lehr.calibration.execute import OrtGraph, Session, content_of, hoisted_sessions
+from lehr.calibration.execute import OrtGraph, Session, Written, hoisted_sessions
 from lehr.calibration.tracks import SCORED, Track, record, score_error
 from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle
@@ -153,12 +153,15 @@ class HeldOut:
             RunFailed: the engine library refuses the graph.
         """
         scored = (budget is not None and budget.on_score) if scored is None else scored
-        key = self._key(graph) if isinstance(graph, ir.Model) else None
+        written = Written.of(graph) if isinstance(graph, ir.Model) else None
+        key = None if written is None else self._key(written)
         if key is not None:
             known = self._recall(key)
             if known is not None and (not scored or known.score_error is not None) and self._enough(known, budget):
                 return known
-        session = OrtGraph(graph, threads=self.settings.threads) if isinstance(graph, ir.Model) else graph
+        session = (
+            graph if not isinstance(graph, ir.Model) else OrtGraph(written or graph, threads=self.settings.threads)
+        )
         losses = Losses(score_error=score_error(self, self.track, session) if scored else None)
         for numbers in self._batches():
             losses = losses.extended(self._losses(session, numbers))
@@ -257,7 +260,7 @@ class HeldOut:
     def _enough(self, losses: Losses, budget: Budget | None) -> bool:
         return losses.samples == self.settings.num or (budget is not None and budget.decided(losses))
 
-    def _key(self, model: ir.Model) -> str:
+    def _key(self, graph: Written) -> str:
         settings = self.settings
         about = {
             "sources": [
@@ -270,7 +273,7 @@ class HeldOut:
             "settings": [settings.num, settings.steps, settings.seed, settings.fold.value, settings.batch],
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        digest.update(content_of(model))
+        digest.update(graph.digest())
         return digest.hexdigest()
 
     def _recall(self, key: str) -> Losses | None:

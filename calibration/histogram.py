@@ -81,8 +81,8 @@ def squared_error(histogram: Array, peak: float, limits: Array, levels: int = 12
     step = limits / levels
     own = (lows**2 + lows * highs + highs**2) / 3
     inside = np.minimum(step**2 / 12, own)
-    begin = np.maximum(lows, limits)
-    beyond = ((highs - limits) ** 3 - (begin - limits) ** 3) / (3 * np.maximum(highs - begin, 1e-300))
+    near, far = np.maximum(lows, limits) - limits, highs - limits
+    beyond = (near**2 + near * far + far**2) / 3
     share = np.clip((highs - limits) / (highs - lows), 0, 1)  # of the bin that is clipped
     errors = counts * ((1 - share) * inside + np.where(share > 0, share * beyond, 0.0))
     return np.asarray(errors.sum(axis=1))
@@ -91,12 +91,15 @@ def squared_error(histogram: Array, peak: float, limits: Array, levels: int = 12
 def _least_divergence(histogram: Array, peak: float, levels: int) -> float:
     """The limit whose quantised histogram says most of the original one (Kullback-Leibler; Migacz 2017, TensorRT)."""
     linear = _spread(histogram, peak)
+    filled = (linear > 0).astype(np.float64)
     best, least = peak, np.inf
     for end in range(levels + 1, _LINEAR + 1, max(1, levels // 16)):
         p = linear[:end].copy()
         p[-1] += linear[end:].sum()
-        parts = np.array_split(linear[:end], levels + 1)
-        q = np.concatenate([_evenly(part) for part in parts])
+        starts = np.linspace(0, end, levels + 2).astype(np.int64)[:-1]
+        sizes = np.diff(np.append(starts, end))
+        sums, counts = np.add.reduceat(linear[:end], starts), np.add.reduceat(filled[:end], starts)
+        q = np.repeat(sums / np.maximum(counts, 1), sizes) * filled[:end]  # what a part holds, over its filled bins
         total_p, total_q = p.sum(), q.sum()
         if total_q <= 0:
             continue
@@ -107,15 +110,6 @@ def _least_divergence(histogram: Array, peak: float, levels: int) -> float:
         if divergence < least:
             least, best = divergence, peak * end / _LINEAR
     return float(best)
-
-
-def _evenly(part: Array) -> Array:
-    """The sum of a part over those of its bins that hold something."""
-    filled = part > 0
-    spread: Array = np.zeros_like(part)
-    if filled.any():
-        spread[filled] = part.sum() / filled.sum()
-    return spread
 
 
 def _spread(histogram: Array, peak: float) -> Array:

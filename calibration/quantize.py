@@ -48,7 +48,7 @@ Handler = Callable[["_Rewrite", Sequence[Layer], Any], None]
 
 OPSET = 23  # knows blocks, 4-bit integers (21) and E2M1
 SOFTMAX_SCALE = 1 / E4M3_LARGEST  # shares end at 1; TensorRT fuses fp8 attention with this one only
-MAX_EMBEDDED = 4096  # elements of a constant that stands in the graph's own file
+MAX_EMBEDDED = 512  # elements of a constant that stands in the graph's own file
 CHOICES = "lehr.quantised"  # graph metadata: JSON, layer -> what was chosen for it
 _FLOAT = ir.DataType.FLOAT
 

@@ -30,7 +30,7 @@ import onnx_ir as ir
 
 from lehr.calibration.budget import Budget, Losses
 from lehr.calibration.cost_model import Costs
-from lehr.calibration.execute import OrtGraph
+from lehr.calibration.execute import OrtGraph, Session
 from lehr.calibration.held_out import HeldOut
 from lehr.calibration.sensitivity import Sensitivity, measure_sensitivity
 from lehr.runtime.errors import InvalidInput
@@ -260,6 +260,7 @@ class _Search:
         probe = max(self.points.values(), key=lambda point: self.problem.budget.margin(point.losses))
         self._check_time()
         self.progress(f"sensitivity of {len(options)} layers")
+        few = sum(map(len, options.values())) <= MAX_SINGLES
         self.sensitivity = found = measure_sensitivity(
             self.select,
             options,
@@ -267,6 +268,7 @@ class _Search:
             self.problem.apply(_quantised(probe.plan)),
             channel_weights=self.problem.channel_weights,
             deadline=self.deadline,
+            also=self._single if few else None,
         )
         effect = found.effect().mean(axis=-1)
         predicted = {
@@ -277,8 +279,10 @@ class _Search:
         if any(math.isnan(value) for value in predicted.values()):
             raise _TimeIsUp
         for key in sorted(predicted, key=lambda k: (-predicted[k], k))[:MAX_SINGLES]:
-            self._check_time()
-            self.singles[key] = self._single(*key)
+            if key not in self.singles:
+                self._check_time()
+                graph = OrtGraph(self.problem.apply(dict([key])), threads=self.select.settings.threads)
+                self._single(*key, graph)
         self.loss = combined(predicted, self.singles)
 
     def _dominated(self) -> set[str]:
@@ -294,24 +298,23 @@ class _Search:
 
         return {one.name for one in uniform if any(beaten(one, other) for other in uniform if other is not one)}
 
-    def _single(self, layer: str, option: str) -> float:
-        """Mean squared error of the track's final samples with one layer quantised."""
+    def _single(self, layer: str, option: str, session: Session) -> None:
+        """Measure the mean squared error of the track's final samples with one layer quantised."""
         track = self.select.track
-        session = OrtGraph(self.problem.apply({layer: option}), threads=self.select.settings.threads)
         final = self.select.draw(session, range(len(track.final)))
         error = (final.astype(np.float64) - track.final) ** 2
         # The geometric mean over samples, as a mean of decibels takes it.
         each = error.mean(axis=tuple(range(1, error.ndim)))
-        return float(np.exp(np.log(np.maximum(each, 1e-30)).mean()))
+        self.singles[layer, option] = float(np.exp(np.log(np.maximum(each, 1e-30)).mean()))
 
     # ------------------------------------------------------------------------------------------------ choosing
 
     def _choose(self) -> Point | None:
         for _ in range(BACK_OFFS):
             point = self._bisect()
-            if point is None:
+            point = self._descend(point or self._nothing())
+            if not _quantised(point.plan):
                 return self._confirmed(self._feasible())
-            point = self._descend(point)
             if self._confirm(point):
                 return point
             short = -self.problem.budget.margin(self.confirmations[_key(point.plan)])
@@ -331,6 +334,13 @@ class _Search:
             else:
                 low = middle + 1
         return found
+
+    def _nothing(self) -> Point:
+        """The plan that quantises nothing and loses nothing."""
+        perfect = (999.0,)
+        same = Losses(psnr_db=perfect, snr_db=perfect, ssim=(1.0,), cosine=(1.0,), score_error=0.0)
+        plan = dict.fromkeys(self.problem.able, KEEP)
+        return Point(name="nothing", plan=plan, cost=self.problem.costs.of(plan), losses=same)
 
     def _hull(self) -> list[dict[str, str]]:
         """Plans of the lower hull of cost against predicted loss, cheapest first."""

@@ -37,7 +37,7 @@ from lehr.runtime.errors import InvalidInput, RunFailed
 
 Array = npt.NDArray[Any]
 Apply = Callable[[Mapping[str, str]], ir.Model]
-Progress = Callable[[int, int], None]
+Also = Callable[[str, str, Session], None]
 
 POINTS = 6  # evaluations looked at; the others are taken to be like their neighbours
 
@@ -100,7 +100,7 @@ def measure_sensitivity(
     points: int = POINTS,
     channel_weights: Array | None = None,
     deadline: float | None = None,
-    on_layer: Progress | None = None,
+    also: Also | None = None,
 ) -> Sensitivity:
     """Measure single layers.
 
@@ -113,7 +113,7 @@ def measure_sensitivity(
         channel_weights: (C,) how much an error of each channel counts, for latents the decoder's measured
             sensitivity; by default all count alike.
         deadline: of ``time.monotonic``; layers that are not reached are nan.
-        on_layer: told how many of all graphs are measured.
+        also: called with layer, option and the session that runs them, for what else is to be measured with it.
 
     Raises:
         InvalidInput: no layer, or weights of another number of channels.
@@ -131,14 +131,14 @@ def measure_sensitivity(
     response = measure_response(held_out, track, gauge, chosen, scale=scale, deadline=deadline)
     errors = np.full((len(names), len(kinds), len(chosen), len(track.final)), np.nan)
     jobs = [(layer, option) for layer, able in options.items() for option in able]
-    for done, (layer, option) in enumerate(jobs):
+    for layer, option in jobs:
         if deadline is not None and time.monotonic() > deadline:
             break
         session = OrtGraph(apply({layer: option}), threads=threads)
         found = output_errors(held_out, track, session, chosen, scale=scale)
         errors[names.index(layer), kinds.index(option)] = found
-        if on_layer is not None:
-            on_layer(done + 1, len(jobs))
+        if also is not None:
+            also(layer, option, session)
     return Sensitivity(
         layers=names,
         options=kinds,

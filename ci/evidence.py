@@ -1,8 +1,8 @@
 """Evidence: what an engine does on the hardware it is for, in one file that travels.
 
 The gate judges it there, a benchmark times it with the power beside it, and where PyTorch is installed eager's own
-noise is measured on the same device. The file is bound by hashes to the bundle and the engine, and ``lehr gate --merge``
-takes it as it takes the gate's own reports.
+noise is measured on the same device. The file is bound by hashes to the bundle and the engine, and
+``lehr gate --merge`` takes it as it takes the gate's own reports.
 """
 
 from __future__ import annotations

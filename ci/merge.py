@@ -5,7 +5,8 @@ hashes, judged by the very policy that is asked for, with the same Lehr. Limits 
 floors, which a report does not hold, so one that another policy judged is refused instead of judged anew. What does
 not depend on floors is compared with the policy again.
 
-Every engine must have each required level judged in one of its reports; levels of one engine may come from several.
+Every engine must have each required level judged in one of its reports; levels of one engine may come from several. A
+report may add to the policy's levels, since some are required of models with known features alone, and takes none away.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 from lehr import __version__
 from lehr.ci.checks import Check, Outcome, Report
 from lehr.ci.gate import MODEL_HASH, model_hash
-from lehr.ci.policy import Limits, Policy
+from lehr.ci.policy import LEVELS, Limits, Policy
 from lehr.ci.reports import ENGINES, Reported
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
@@ -68,7 +69,7 @@ def merge(
         baseline=None,
         policy=policy.name,
         policy_sha256=policy.sha256,
-        required=policy.required,
+        required=_required(policy, reports),
         checks=(*_absent(reports, expected), *checks),
         steps=None,
         loops={},
@@ -188,9 +189,14 @@ def _missing(checks: Sequence[Check], policy: Policy, label: str, reports: Seque
             outcome=Outcome.FAILED,
             reason=f"the policy requires {level}, and it was not judged in {files}",
         )
-        for level in policy.required
+        for level in _required(policy, reports)
         if level not in seen
     ]
+
+
+def _required(policy: Policy, reports: Sequence[Reported]) -> tuple[str, ...]:
+    asked = {*policy.required, *(level for report in reports for level in report.required)}
+    return tuple(level for level in LEVELS if level in asked)
 
 
 def _absent(reports: Sequence[Reported], expected: Sequence[str]) -> list[Check]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lehr.ci.checks import REPORT_SCHEMA, Check, Outcome
+from lehr.ci.policy import LEVELS
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.golden import INDEX_FILE
 from lehr.runtime.jsonlike import decode_json
@@ -35,6 +36,7 @@ class Reported:
         file: the report's name, for messages.
         bundle, model, engine, target, recipe: what was judged.
         policy, policy_sha256: by which policy.
+        required: levels that the policy asks for with this model; more than its own list where features are known.
         checks: as they were judged there.
         environment, hashes: where, and of what; by name.
         measured: figures of the machine that ``lehr evidence`` adds; empty in the gate's own reports.
@@ -48,6 +50,7 @@ class Reported:
     recipe: str
     policy: str
     policy_sha256: str
+    required: tuple[str, ...]
     checks: tuple[Check, ...]
     environment: Mapping[str, str]
     hashes: Mapping[str, str]
@@ -118,13 +121,16 @@ class _Reader:
         engine = self._text(whole, "engine")
         if f"{engine}/build.json" not in hashes or INDEX_FILE not in hashes:
             self._refuse("hashes", "names no engine or no golden data: what was judged cannot be known")
-        sha256 = self._text(policy, "sha256", "policy.sha256")
+        required = self._typed(self._given(policy, "required"), list, "policy.required")
+        if not set(map(str, required)) <= set(LEVELS):
+            self._refuse("policy.required", f"is {reprlib.repr(required)}, expected some of {', '.join(LEVELS)}")
         return Reported(
             file=self._name,
             **{name: self._text(whole, name) for name in ("bundle", "model", "target", "recipe")},
             engine=engine,
             policy=self._text(policy, "name", "policy.name"),
-            policy_sha256=sha256,
+            policy_sha256=self._text(policy, "sha256", "policy.sha256"),
+            required=tuple(map(str, required)),
             checks=found,
             environment=self._texts(self._given(whole, "environment"), "environment"),
             hashes=hashes,

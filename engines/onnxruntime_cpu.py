@@ -88,6 +88,8 @@ def optimise(
     try:
         # A hoisted graph runs once: its 16-bit weights stay as they are stored, not folded into copies twice the size.
         disabled = [] if name in (STEP, LOOP) else ["ConstantFolding"]
+        if options.get("emulated"):
+            disabled = [*disabled, "ReluQuantRewrite"]  # takes the zero of fp8 for the least number, and drops Relus
         open_session(given, made, options, disabled)
         operators, precision, placement = _inspect(plan, feeds, options)
     except FAILURES as e:

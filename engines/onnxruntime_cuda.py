@@ -77,7 +77,7 @@ def build(
     check_placement(placement, CUDA, graph.name)
     alone = {provider for provider in placement if provider} == {CUDA}
     return Plan(
-        file=plan.name,
+        file=plan.file,
         options={**plan.options, "cpu_fallback": not alone or "Shape" in plan.operators},
         achieved_precision=plan.achieved_precision,
         operators=plan.operators,

@@ -126,6 +126,7 @@ class Target:
         return min(
             able,
             key=lambda r: (
+                r is not recipe,
                 r.arithmetic is not recipe.arithmetic,
                 abs(_bits(r.arithmetic.value) - bits),
                 abs(_bits(r.weights.value) - _bits(recipe.weights.value)),

@@ -173,10 +173,10 @@ def _reshape(x: Value, shape: Value, allowzero: int = 0) -> Value:
 
 
 def _constant_of_shape(shape: Value, value: Any = None) -> Value:
-    fill = value.numpy().reshape(-1)[0] if value is not None else 0.0
+    fill = 0.0 if value is None else value.numpy().reshape(-1)[0].item()
     if value is not None and value.dtype == ir.DataType.INT64:
-        return Sizes([int(fill)] * (_ints(shape) or [0])[0])
-    return torch.full(_ints(shape) or [], fill.item() if value is not None else 0.0)
+        return Sizes([fill] * (_ints(shape) or [0])[0])
+    return torch.full(_ints(shape) or [], fill)
 
 
 # --------------------------------------------------------------------------------------------------- moving data about

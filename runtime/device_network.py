@@ -26,6 +26,8 @@ MAX_LOOPS = 4  # tables and shapes whose captured graphs are kept
 class Hoisted(Protocol):
     """What hands cached tensors to the step graph (:mod:`lehr.runtime.hoisted`)."""
 
+    def on_device(self) -> bool: ...
+
     def loop_feeds(
         self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...], timesteps: Sequence[float]
     ) -> LoopFeeds: ...
@@ -54,8 +56,9 @@ class DeviceNetwork:
 
     def runs(self, table: SolverTable) -> bool:
         """Whether the engine is on a device and can run this table's loop there."""
-        float32 = self._spec.sample.dtype.numpy == np.float32
-        return float32 and obstacle(table) is None and isinstance(self._session(), DeviceSession)
+        if self._spec.sample.dtype.numpy != np.float32 or obstacle(table) is not None:
+            return False
+        return isinstance(self._session(), DeviceSession) if self._hoisted is None else self._hoisted.on_device()
 
     def draw(
         self,

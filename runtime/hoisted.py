@@ -168,6 +168,11 @@ class HoistedNetwork:
         handed = self.step_feeds(feeds)  # first: it may need the graphs that make room for the step graph
         return self.session(STEP).run(handed)  # type: ignore[arg-type]  # on a GPU a session takes its own arrays, too
 
+    def on_device(self) -> bool:
+        """Whether the engine is on a GPU; loads a graph where none is, and the one that is needed first."""
+        first = next(name for name in (*self._sessions, PROMPT, SCHEDULE, STEP) if name in self._graphs)
+        return isinstance(self.session(first), DeviceSession)
+
     def loop_feeds(
         self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...], timesteps: Sequence[float]
     ) -> LoopFeeds:

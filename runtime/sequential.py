@@ -1,8 +1,9 @@
 """Looking at a statistic while it is still being gathered, without paying for every look.
 
-A confidence *sequence* holds at all sample sizes at once, so a run may end as soon as it is clear, at whatever look that
-is. The one used here is the asymptotic sequence of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (Annals of Statistics
-2024, theorem 2.2), whose only assumption is a finite variance; Robbins' normal mixture lies behind it.
+A confidence *sequence* holds at all sample sizes at once, so a run may end as soon as it is clear, at whatever look
+that is. The one used here is the asymptotic sequence of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas ("Time-uniform
+central limit theory and asymptotic confidence sequences", 2024), which assumes a finite variance and little more;
+Robbins' normal mixture lies behind it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class FrechetBound:
     @property
     def fewest(self) -> int:
         """Samples below which nothing is said: a covariance of this many directions is not known from fewer."""
-        return 5 * GROUPS * max(1, self._directions.shape[1] // GROUPS)
+        return 5 * GROUPS * max(1, int(self._directions.shape[1]) // GROUPS)
 
     def estimate(self, features: Array) -> tuple[float, float]:
         """(N, D) -> the bound without its bias, and the standard deviation of a sample's influence on it."""

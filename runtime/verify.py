@@ -24,6 +24,7 @@ from lehr.runtime.golden import Golden, Trajectory, read
 from lehr.runtime.guidance import classifier_free
 from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.loop import Step, sample
+from lehr.runtime.noise import batch_normal
 from lehr.runtime.parity import compare, relative_error, score
 from lehr.runtime.prediction import Prediction
 
@@ -123,14 +124,29 @@ def step_errors(denoiser: Denoiser, golden: Golden) -> list[float]:
 
 
 def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[float]]:
-    """Run a recorded loop; return the final sample and the relative drift of every evaluation's input."""
+    """Run a recorded loop; return the final sample and the relative drift of every evaluation's input.
+
+    On a GPU the drift comes from a loop on the host, and the sample from the loop that a pipeline runs, on the device.
+    """
     network = classifier_free(denoiser, trajectory.conditions, trajectory.unconditional, trajectory.guidance_scale)
     drift: list[float] = []
 
     def on_step(step: Step) -> None:
         drift.append(relative_error(trajectory.inputs[step.index], step.sample))
 
-    return sample(network, trajectory.table, trajectory.x_T, on_step=on_step), drift
+    final = sample(network, trajectory.table, trajectory.x_T, on_step=on_step)
+    resident, table = denoiser.resident, trajectory.table
+    if resident is not None and resident.runs(table):
+        guided = trajectory.guidance_scale != 1.0
+        final = resident.draw(
+            table,
+            trajectory.x_T,
+            trajectory.conditions,
+            trajectory.unconditional if guided else None,
+            np.full(len(table), trajectory.guidance_scale) if guided else None,
+            injected=lambda j: batch_normal(0, range(len(final)), final.shape[1:], stream=1 + j),
+        )
+    return final, drift
 
 
 def value_problem(output: Array) -> str | None:

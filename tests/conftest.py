@@ -37,6 +37,12 @@ def run_python() -> RunPython:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines of tests are kept for this run of the tests, and never in the user's cache."""
+    os.environ["LEHR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def dit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``digits-dit`` exported with full golden data and built for the CPU; read-only for tests."""

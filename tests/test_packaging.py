@@ -24,7 +24,9 @@ DATA = (
     "export/backbones/*.json",
     "engines/targets/*.toml",
     "runtime/kernels/*",
+    "ci/features/*.onnx",
     "ci/policies/*.toml",
+    "ci/workflows/*/*.yml",
     "py.typed",
 )
 
@@ -105,7 +107,8 @@ import importlib.metadata
 import lehr, lehr.runtime, lehr.runtime.spec
 print(lehr.runtime.spec.__file__)
 print(importlib.metadata.version("lehr"))
-print([point.value for point in importlib.metadata.distribution("lehr").entry_points])
+points = importlib.metadata.distribution("lehr").entry_points
+print([point.value for point in points if point.group == "console_scripts"])
 """
     file, version, points = run_python(code, path=tmp_path).splitlines()
     assert Path(file) == tmp_path / "lehr" / "runtime" / "spec.py"

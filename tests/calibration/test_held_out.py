@@ -58,7 +58,8 @@ def test_a_larger_error_loses_more(held_out: HeldOut) -> None:
     little, much = (held_out.measure(scaled(step_graph(held_out.bundle), f), scored=True) for f in (1.001, 1.05))
     assert little.samples == much.samples == SMALL.num
     assert np.mean(little.psnr_db) > np.mean(much.psnr_db) + 20
-    assert little.score_error is not None and much.score_error is not None
+    assert little.score_error is not None
+    assert much.score_error is not None
     assert 0 < little.score_error < much.score_error
 
 

@@ -38,7 +38,6 @@ from lehr.runtime.verify import replay
 
 WEIGHTS = "model/weights.safetensors"
 QKV, FC2, HEAD = "blocks.3.attn.qkv.weight", "blocks.2.mlp.fc2.weight", "final_layer.linear.weight"
-SAMPLES = 4  # of a loop that eager draws with a fault
 TABLE = "y_embedder.embedding_table.weight"
 
 
@@ -152,19 +151,7 @@ class Model:
         self.golden, self.spec = golden, self.source.spec
 
     def loop(self, name):
-        """A recorded loop, its first samples: enough to see how far a fault moves them."""
-        whole = next(loop for loop in self.golden.trajectories if loop.name == name)
-        conditions, unconditional = (
-            {n: v[:SAMPLES] for n, v in given.items()} for given in (whole.conditions, whole.unconditional)
-        )
-        return replace(
-            whole,
-            x_T=whole.x_T[:SAMPLES],
-            inputs=whole.inputs[:, :SAMPLES],
-            final=whole.final[:SAMPLES],
-            conditions=conditions,
-            unconditional=unconditional,
-        )
+        return next(loop for loop in self.golden.trajectories if loop.name == name)
 
     def denoiser(self):
         return eager(self.module, self.spec)

@@ -10,12 +10,15 @@ import stat
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lehr import cli
 from lehr.ci import evidence as making
 from lehr.ci import sensors
+from lehr.export import device_floors
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.golden import read
 
 # As JetPack 6 prints it on an AGX Orin, and as JetPack 5 does on a Xavier NX.
 ORIN = (
@@ -195,30 +198,52 @@ def test_evidence_for_another_machines_target_is_refused_with_the_way_to_get_it(
     assert not (tmp_path / "orin.json").exists()
 
 
-def test_a_missing_engine_is_built_first_and_one_that_fails_the_gate_exits_with_1(
-    dit_bundle, tmp_path, capsys, monkeypatch
-):
+@pytest.fixture
+def untimed(monkeypatch) -> None:
     monkeypatch.setattr(making, "_bench", lambda *arguments: {"step_ms": 1.0})
     monkeypatch.setattr("lehr.commands.evidence._prose", lambda data, output: "")
+
+
+def test_an_engine_that_fails_the_gate_leaves_its_evidence_and_exits_with_1(dit_bundle, tmp_path, untimed):
     bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
     opened = Bundle.open(bundle)
     arrays = opened.read_arrays("golden/steps.npz")
     with opened.edit() as edit:
-        for name in opened.names("engines/"):
-            edit.remove(name)
-        edit.add_arrays("golden/steps.npz", {**arrays, "outputs": arrays["outputs"] * 1.001})
+        edit.add_arrays("golden/steps.npz", {**arrays, "outputs": arrays["outputs"] * np.float32(1.01)})
     options = ("--policy", "smoke", "--eager", "no", "-o", tmp_path / "cpu.json")
     assert lehr("evidence", bundle, "--target", "cpu", *options) == 1
-    assert "building for cpu in fp32" in capsys.readouterr().err
     assert json.loads((tmp_path / "cpu.json").read_text())["gate"]["passed"] is False
 
 
-def test_eagers_noise_is_measured_by_a_process_that_has_pytorch_or_says_why_not(dit_bundle, tmp_path):
-    found = making._eager(Bundle.open(dit_bundle), making.EagerFloors.AUTO, lambda text: None)
+def test_a_missing_engine_is_built_first(dit_bundle, tmp_path, capsys, monkeypatch, untimed):
+    monkeypatch.setenv("LEHR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lehr.engines.build.candidates", lambda *arguments: ("onnxruntime",))
+    bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
+    opened = Bundle.open(bundle)
+    with opened.edit() as edit:
+        for name in opened.names("engines/"):
+            edit.remove(name)
+    options = ("--policy", "smoke", "--eager", "no", "-o", tmp_path / "cpu.json")
+    assert lehr("evidence", bundle, "--target", "cpu", *options) == 0
+    assert "building for cpu in fp32" in capsys.readouterr().err
+
+
+def test_eagers_noise_on_this_device_is_that_of_the_export_on_the_same_machine(dit_bundle):
+    opened = Bundle.open(dit_bundle)
+    found = device_floors.measured(opened)
     assert found["rel_error"] < 1e-4
-    assert max(found["floors"]["fp16"]["rel_error"]) < max(found["floors"]["bf16"]["rel_error"]) < 0.1
+    recorded = read(opened).floors
+    for name in ("fp16", "bf16"):
+        ours, theirs = (max(errors) for errors in (found["floors"][name]["rel_error"], recorded[name].rel_error))
+        assert 0.5 < ours / theirs < 2
+
+
+def test_eager_is_measured_by_a_process_of_its_own_and_a_source_that_is_gone_is_said(dit_bundle, tmp_path, monkeypatch):
     bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
     opened = Bundle.open(bundle)
     with opened.edit() as edit:
         edit.set_manifest(source="gone/model.safetensors")
-    assert "gone/model.safetensors" in making._eager(opened, making.EagerFloors.AUTO, lambda text: None)["unavailable"]
+    asked = (opened, making.EagerFloors.AUTO, lambda text: None)
+    assert "gone/model.safetensors" in making._eager(*asked)["unavailable"]
+    monkeypatch.setattr(making, "_FLOORS", "lehr.export.gone")
+    assert "No module named lehr.export.gone" in making._eager(*asked)["unavailable"]

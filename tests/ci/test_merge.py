@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import hashlib
 import json
 import shutil
@@ -16,7 +17,7 @@ import pytest
 
 from lehr import cli
 from lehr.ci import reports as reading
-from lehr.ci.policy import policies
+from lehr.ci.policy import policies, policy
 from lehr.runtime.bundle import Bundle
 
 ORIN = "engines/orin-agx--fp16--tensorrt-10.3.0"
@@ -24,10 +25,24 @@ ORIN = "engines/orin-agx--fp16--tensorrt-10.3.0"
 
 @pytest.fixture(scope="module")
 def cpu(dit_bundle, tmp_path_factory) -> dict:
-    """What the gate says of a good CPU engine."""
+    """What the gate says of a good CPU engine by ``smoke``, which is fast, as if it were by ``release``."""
     folder = tmp_path_factory.mktemp("reports")
-    assert lehr("gate", dit_bundle, "--policy", "release", "--report", folder) == 0
-    return json.loads((folder / "report.json").read_text())
+    assert lehr("gate", dit_bundle, "--policy", "smoke", "--report", folder) == 0
+    report = json.loads((folder / "report.json").read_text())
+    file = policies()["release"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    report["policy"] = {"name": "release", "sha256": sha256, "required": ["L0", "L1", "L2"]}
+    return with_limits(report, "fp32")
+
+
+def with_limits(report: dict, recipe: str) -> dict:
+    """The report with the limits that ``release`` has for every model."""
+    limits = policy("release", dt.date(2030, 1, 1)).limits_for(recipe).L2
+    for check in report["checks"]:
+        measure = check["name"].rpartition(".")[2]
+        if measure in ("ssim", "cosine", "max_abs"):
+            check["limit"] = getattr(limits, measure)
+    return report
 
 
 @pytest.fixture
@@ -37,10 +52,7 @@ def orin(cpu) -> dict:
     made |= {"engine": ORIN, "target": "orin-agx", "recipe": "fp16"}
     shared = {name: digest for name, digest in made["hashes"].items() if not name.startswith("engines/")}
     made["hashes"] = {**shared, f"{ORIN}/build.json": "5" * 64, f"{ORIN}/step.engine": "6" * 64}
-    for check in made["checks"]:  # release's own limits for half precision
-        measure = check["name"].rpartition(".")[2]
-        check["limit"] = {"ssim": 0.99, "cosine": 0.999, "max_abs": 0.05}.get(measure, check["limit"])
-    return made
+    return with_limits(made, "fp16")
 
 
 def lehr(*arguments: object) -> int:
@@ -49,7 +61,7 @@ def lehr(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def merged(tmp_path: Path, capsys, *reports: object, options: tuple = (), policy: object = "release"):
+def merged(tmp_path: Path, capsys, *reports: object, options: tuple = (), by: object = "release"):
     """(exit code, the verdict or None, stderr) of merging reports given as data or as files."""
     paths = []
     for k, report in enumerate(reports):
@@ -57,7 +69,7 @@ def merged(tmp_path: Path, capsys, *reports: object, options: tuple = (), policy
         if not isinstance(report, Path):
             path.write_text(report if isinstance(report, str) else json.dumps(report))
         paths.append(path)
-    code = lehr("gate", "--merge", *paths, "--policy", policy, *options, "--json")
+    code = lehr("gate", "--merge", *paths, "--policy", by, *options, "--json")
     out, err = capsys.readouterr()
     data = json.loads(out)
     return code, None if "exit_code" in data else data, err
@@ -118,6 +130,17 @@ def test_a_level_that_one_engine_was_not_judged_in_fails_and_a_second_report_of_
     assert merged(tmp_path, capsys, cpu, short, rest)[0] == 0
 
 
+def test_a_level_that_one_report_requires_more_than_the_policy_is_required_of_that_engine(cpu, orin, tmp_path, capsys):
+    cpu = copy.deepcopy(cpu)
+    cpu["policy"]["required"].append("L3")
+    code, data, _ = merged(tmp_path, capsys, cpu, orin)
+    assert code == 1
+    assert [c["name"] for c in data["checks"] if c["outcome"] == "FAIL"] == ["L3.judged[cpu--fp32]"]
+    orin["policy"]["required"] = []
+    orin["checks"] = [check for check in orin["checks"] if check["level"] != "L2"]
+    assert "L2.judged[orin-agx--fp16]" in {c["name"] for c in merged(tmp_path, capsys, cpu, orin)[1]["checks"]}
+
+
 def test_two_engines_of_one_target_are_told_apart(orin, tmp_path, capsys):
     other = copy.deepcopy(orin)
     other["hashes"] |= {f"{ORIN}/build.json": "7" * 64}
@@ -135,7 +158,7 @@ def test_a_waiver_is_the_policys_and_not_the_reports(cpu, tmp_path, capsys):
     waiver = '[[waivers]]\ncheck = "L1.score"\nexpires = 9999-12-31\nreason = "known"\n'
     mine.write_text(policies()["release"].read_text() + waiver)
     claimed["policy"]["sha256"] = hashlib.sha256(mine.read_bytes()).hexdigest()
-    code, data, _ = merged(tmp_path, capsys, claimed, policy=mine)
+    code, data, _ = merged(tmp_path, capsys, claimed, by=mine)
     assert code == 0
     assert [c["name"] for c in data["checks"] if c["outcome"] == "waived"] == ["L1.score[cpu--fp32]"]
 
@@ -210,6 +233,7 @@ def test_a_pass_that_its_own_numbers_do_not_bear_out_is_refused(cpu, tmp_path, c
         (change("environment", {"lehr": 1}), "environment.lehr is 1, expected str"),
         (change("engine", None), "engine is None, expected str"),
         (change("reports", []), "is a merged verdict"),
+        (change("policy/required", ["L9"]), "policy.required is ['L9']"),
         (lambda report: report.pop("policy"), "policy is missing"),
     ],
 )
@@ -252,6 +276,8 @@ def test_a_gate_that_could_not_judge_there_is_no_report(tmp_path, capsys):
         (("a.lehr", "b.lehr"), "add --merge"),
         (("a.lehr", "--expect", "cpu"), "--expect goes with --merge"),
         (("--merge", "a.json", "--recipe", "bf16"), "--recipe says what to judge"),
+        (("--merge", "a.json", "--expect", "orin-agy"), "Did you mean 'orin-agx'"),
+        (("--merge", "a.json", "--expect", "cpu:fp17"), "unknown recipe 'fp17'"),
         (("--merge", "gone.json"), "cannot read the report gone.json"),
     ],
 )
@@ -282,7 +308,7 @@ def test_sarif_holds_failures_and_suppressed_waivers_and_nothing_that_passed(cpu
         report["policy"]["sha256"] = hashlib.sha256(mine.read_bytes()).hexdigest()
     next(c for c in cpu["checks"] if c["name"] == "L1.alone").update(outcome="waived", reason="known")
     path = tmp_path / "m.sarif"
-    assert merged(tmp_path, capsys, cpu, orin, options=("--sarif", path), policy=mine)[0] == 1
+    assert merged(tmp_path, capsys, cpu, orin, options=("--sarif", path), by=mine)[0] == 1
     run = sarif(path)
     found = {result["partialFingerprints"]["check/v1"]: result for result in run["results"]}
     assert set(found) == {"L1.score[orin-agx--fp16]", "L1.alone[cpu--fp32]"}

@@ -12,6 +12,7 @@ from lehr import cli
 from lehr.engines import choose, openvino_cpu
 from lehr.engines.build import build
 from lehr.engines.choose import MARGIN, Measured, fastest
+from lehr.engines.settings import Settings
 from lehr.engines.target import target
 from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
@@ -85,7 +86,7 @@ def test_a_library_that_cannot_build_is_passed_over_with_its_reason(bundle, monk
         raise BuildFailed("no such kernel")
 
     monkeypatch.setattr(openvino_cpu, "build", refuse)
-    record = build(bundle, target("cpu"), recipe("fp32"))
+    record = build(bundle, target("cpu"), recipe("fp32"), settings=Settings(cached=False))
     assert record.library == "onnxruntime"
     assert [(r["library"], r["passed"], r["reason"]) for r in record.candidates] == [
         ("onnxruntime", True, ""),

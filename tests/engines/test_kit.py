@@ -63,6 +63,10 @@ def test_a_target_that_builds_on_itself_gets_a_kit_and_says_what_to_do_there(bun
     assert not [record for record in engines(Bundle.open(bundle)) if record.target == "orin-agx"]
     assert lehr("build", bundle, "--target", "orin-agx") == 0
     assert "It is no engine yet: the orin-agx must finish it with tensorrt >=10.3,<12" in capsys.readouterr().out
+    assert lehr("inspect", bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kits"] == [
+        {"target": "orin-agx", "recipe": "fp32", "library": "tensorrt"}
+    ]
 
 
 def test_the_same_bundle_gives_the_same_kit(made, bundle):
@@ -128,6 +132,10 @@ def test_an_option_that_the_device_would_refuse_is_refused_here(bundle, capsys, 
 
 def test_a_recipe_that_needs_an_audit_is_refused_without_one(made, tmp_path, capsys):
     bundle = shutil.copytree(made, tmp_path / "d.lehr")
+    opened = Bundle.open(bundle)
+    with opened.edit() as edit:
+        for name in opened.names("calibration/"):
+            edit.remove(name)
     assert lehr("build", bundle, "--target", "orin-agx", "--recipe", "fp16") == 2
     assert "lehr audit" in capsys.readouterr().err
 

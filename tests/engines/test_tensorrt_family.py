@@ -313,7 +313,7 @@ def test_hardware_compatible_engines_are_not_promised_for_jetson(fake, graph, tm
 
 def test_a_setting_without_use_is_refused(fake, graph, tmp_path):
     family, _, _ = fake("tensorrt_rtx 1.7.1")
-    with pytest.raises(InvalidInput, match="TensorRT-RTX has no use for --compatible, --tactic-memory. Leave"):
+    with pytest.raises(InvalidInput, match=r"TensorRT-RTX has no use for --compatible, --tactic-memory\. Leave"):
         made(family, graph, tmp_path / "out", settings=EVERYTHING)
 
 
@@ -421,7 +421,7 @@ def test_memory_is_forecast_from_the_weights(fake, graph, tmp_path):
     family, _, _ = fake("tensorrt_rtx 1.7.1")
     assert 210 <= made(family, graph, tmp_path / "out").options["forecast_mb"] < 211
     stored = StoredWeights(name="w", path=graph.parent / "w", bytes=1_000_000_000)
-    assert 3260 < forecast.forecast_mb(graph, stored) < 3261
+    assert 3260 <= forecast.forecast_mb(graph, stored) < 3261
 
 
 def test_a_build_beyond_the_machines_memory_is_refused_and_one_beyond_the_free_part_announced(
@@ -671,7 +671,9 @@ def test_graphs_for_turing_multiply_in_fp16_and_compute_what_the_portable_ones_d
         folder = tmp_path / name
         folder.mkdir()
         chosen = recipe("fp16" if name == "step" else "fp32")
-        lowered = building._lowered(bundle, target("rtx-20"), name, chosen, TENSORRT_RTX.LOWERED, folder)
+        lowered = building._lowered(
+            bundle, target("rtx-20"), "tensorrt_rtx", name, chosen, TENSORRT_RTX.LOWERED, folder
+        )
         products = [node for node in ir.load(lowered).graph if node.op_type in PRODUCTS]
         assert all(
             value.dtype == ir.DataType.FLOAT16 for node in products for value in node.inputs if value is not None

@@ -9,6 +9,7 @@ import numpy as np
 from fake_device import FakeDevice
 from fake_tensorrt_runtime import NumpyEngine, library
 
+from lehr.runtime import tensorrt_context
 from lehr.runtime.backends import tensorrt
 from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.device import Stream
@@ -90,15 +91,15 @@ class Machine:
         self.device = FakeDevice()
         self.stream = Stream(self.device)
         self.library = library(release, self.device, engines)
-        self.log = tensorrt.Log(self.library)
-        self.loaded: dict[str, weakref.ref[tensorrt.LoadedEngine]] = {}  # the last engine of each name
+        self.log = tensorrt_context.Log(self.library)
+        self.loaded: dict[str, weakref.ref[tensorrt_context.LoadedEngine]] = {}  # the last engine of each name
         self.alive: list[tuple[str, list[str]]] = []  # at each load: which one, and which others were in memory
 
     def session(self, name: str) -> tensorrt.TensorRtSession:
         runtime = self.library.Runtime(self.log.logger)
         plan = runtime.deserialize_cuda_engine(f"plan {name}".encode())
         self.alive.append((name, sorted(other for other, engine in self.loaded.items() if engine() is not None)))
-        made = tensorrt.LoadedEngine(self.library, runtime, plan, self.stream, self.log)
+        made = tensorrt_context.LoadedEngine(self.library, runtime, plan, self.stream, self.log)
         self.loaded[name] = weakref.ref(made)
         return tensorrt.TensorRtSession(made)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_device import FakeDevice
+from kernels_on_a_processor import compiled_kernels
 
 from lehr.runtime import cuda
 from lehr.runtime.device import Staging, Stream
 from lehr.runtime.errors import IncompatibleEngine, MissingExtra, RunFailed
 
-RELEASES = json.loads(Path(__file__).with_name("cuda_api.json").read_text())["releases"]
+HERE = Path(__file__).parent
+RELEASES = json.loads((HERE / "cuda_api.json").read_text())["releases"]
 
 
 class Handle:
@@ -174,3 +179,74 @@ def test_either_name_of_cuda_python_is_found_and_none_is_said_with_the_pip_line(
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", new)
     assert cuda.driver() is new
+
+
+# ------------------------------------------------------------------------------------------- the real cuda-python
+
+PIPELINES = """
+import sys
+import numpy as np
+import ctypes
+from lehr.runtime import cuda
+from lehr.runtime.backends import tensorrt
+import device_toy as toy
+import test_device_loop as loops
+from fake_tensorrt_runtime import library
+from lehr.runtime.device import CaptureImpossible
+from lehr.runtime.device_loop import Capture
+from lehr.runtime.pipeline import Pipeline
+
+stream = cuda.stream()
+
+class AtOnce:
+    queues = {stream.handle: []}
+
+    def view(self, address, count, kind, writes):
+        size = count * np.dtype(kind).itemsize
+        return np.frombuffer((ctypes.c_char * size).from_address(address), kind)
+
+    def queue(self, handle, operation):
+        operation()
+
+graphs = {"prompt": toy.prompt, "schedule": toy.schedule, "step": toy.step}
+machine = object.__new__(toy.Machine)
+machine.device, machine.stream, machine.loaded, machine.alive = AtOnce(), stream, {}, []
+parts = {name: toy.engine(toy.SPLIT[name], function) for name, function in graphs.items()}
+machine.library = library("tensorrt 11.4.0", machine.device, parts)
+machine.log = toy.tensorrt_context.Log(machine.library)
+for name, request in loops.REQUESTS.items():
+    denoiser = toy.device_denoiser(machine, split=True)
+    denoiser.resident.capture = Capture.NONE
+    same = np.array_equal(Pipeline(denoiser)(request), Pipeline(toy.host_denoiser(split=True))(request))
+    print(name, same)
+try:
+    with stream.capture():
+        pass
+except CaptureImpossible as e:
+    print("refused", "the capture is refused" in str(e))
+print(stream.device.name == "a processor")
+"""
+
+
+def test_the_real_cuda_python_draws_through_a_driver_that_is_a_processor(tmp_path):
+    pytest.importorskip("cuda")
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ here")
+    kernels = compiled_kernels(compiler, tmp_path)
+    command = [compiler, "-O1", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", HERE / "fake_libcuda.cpp", "-ldl"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    found = {"LD_LIBRARY_PATH": str(tmp_path), "LEHR_KERNELS": str(kernels), "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", PIPELINES],
+        env={**os.environ, **found},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10
+    assert all(line.endswith("True") for line in lines), lines

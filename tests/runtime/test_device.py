@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import numpy as np
 import pytest
-from fake_device import FakeDevice, Misuse
+from fake_device import FakeDevice, Misuse, collecting
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +14,9 @@ from lehr.runtime.errors import RunFailed
 
 @pytest.fixture
 def stream():
-    made = Stream(FakeDevice())
-    yield made
-    gc.collect()
+    with collecting():
+        made = Stream(FakeDevice())
+        yield made
     made.close()
     made.device.close()
 
@@ -44,7 +42,6 @@ def test_memory_is_given_back_when_the_last_array_in_it_goes(stream):
 
 def test_a_host_array_may_be_forgotten_before_it_was_copied(stream):
     array = stream.put(np.arange(1000, dtype=np.float32) * 2)
-    gc.collect()
     np.testing.assert_array_equal(stream.download(array), np.arange(1000) * 2)
 
 

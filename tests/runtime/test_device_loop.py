@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from device_toy import SPEC, Machine, device_denoiser, engine, host_denoiser, machine
-from fake_device import Misuse
+from fake_device import Misuse, collecting
 from fake_tensorrt_runtime import NumpyEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from lehr.runtime import loop as host_loop
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.device_loop import Capture, DeviceLoop, LoopFeeds
 from lehr.runtime.errors import InvalidInput, RunFailed
+from lehr.runtime.golden import Trajectory
 from lehr.runtime.guidance.setting import Guidance, Projection
 from lehr.runtime.hoisted import Residency, hoisted_denoiser, load_denoiser
 from lehr.runtime.paths import VP, LinearFlow
@@ -28,6 +30,7 @@ from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.solvers import samplers, solver_table
 from lehr.runtime.table_ops import Clip, DynamicThreshold, LearnedVariance
 from lehr.runtime.table_program import obstacle, table_program
+from lehr.runtime.verify import replay
 
 EPSILON = Prediction(kind=PredictionKind.EPSILON)
 SHAPE = (2, 2, 3, 3)
@@ -46,8 +49,9 @@ def toy(**options) -> NumpyEngine:
 
 @pytest.fixture
 def on():
-    made = Machine(e=toy())
-    yield made
+    with collecting():
+        made = Machine(e=toy())
+        yield made
     made.close()
 
 
@@ -347,6 +351,23 @@ def test_other_prompts_reuse_the_graphs_and_are_not_mixed_up():
     on.close()
 
 
+def test_a_loop_is_reused_for_the_same_table_only():
+    on = machine(split=True)
+    denoiser, reference = device_denoiser(on, split=True), host_denoiser(split=True)
+    plain = solver_table("ddim", VP(), EPSILON, 6)
+
+    def clipped(limit: float) -> SolverTable:
+        return replace(plain, clipped=plain.outputs / 2, clip=Clip(limit=limit))
+
+    tables = [plain, solver_table("dpmpp_2m", VP(), EPSILON, 6), clipped(0.3), clipped(0.6), plain]
+    drawn = [draw(denoiser, Request(num=1, class_labels=[1], table=table)) for table in tables]
+    for table, samples in zip(tables, drawn, strict=True):
+        np.testing.assert_array_equal(samples, draw(reference, Request(num=1, class_labels=[1], table=table)))
+    assert len({samples.tobytes() for samples in drawn}) == 4
+    del denoiser
+    on.close()
+
+
 def test_hoisted_tensors_stay_on_the_device():
     on = machine(split=True)
     denoiser = device_denoiser(on, split=True)
@@ -378,12 +399,12 @@ def test_cancelling_a_loop_leaves_the_next_one_right():
             raise Cancelled
 
     on = machine(split=True)
-    denoiser, request = device_denoiser(on, split=True), REQUESTS["noisy"]
-    with pytest.raises(Cancelled):
-        draw(denoiser, request, on_progress=cancel)
-    np.testing.assert_array_equal(draw(denoiser, request), draw(host_denoiser(split=True), request))
-    del denoiser
-    gc.collect()  # the exception's traceback
+    with collecting():
+        denoiser, request = device_denoiser(on, split=True), REQUESTS["noisy"]
+        with pytest.raises(Cancelled):
+            draw(denoiser, request, on_progress=cancel)
+        np.testing.assert_array_equal(draw(denoiser, request), draw(host_denoiser(split=True), request))
+        del denoiser
     on.close()
 
 
@@ -412,6 +433,33 @@ def test_wrong_conditions_are_refused_as_they_are_on_the_host():
     assert SPEC.num_classes is not None
     with pytest.raises(InvalidInput, match="out of range"):
         draw(denoiser, Request(num=1, class_labels=[SPEC.num_classes + 5]))
+    del denoiser
+    on.close()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_verify_judges_the_loop_on_the_device_and_not_only_the_network(scale, monkeypatch):
+    on = machine(split=True)
+    denoiser, table = device_denoiser(on, split=True), solver_table("ddpm", VP(), EPSILON, 5)
+    labels = {"class_labels": np.array([1, 2])}
+    x_T = np.random.default_rng(0).standard_normal((2, 2, 4, 3)).astype(np.float32)
+    recorded = Trajectory(
+        name="case",
+        table=table,
+        guidance_scale=scale,
+        conditions=labels,
+        unconditional={} if scale == 1.0 else {"class_labels": np.full(2, SPEC.null_class)},
+        x_T=x_T,
+        inputs=np.ones((5, *x_T.shape), np.float32),
+        final=x_T,
+    )
+    expected, drift = replay(host_denoiser(split=True), recorded)
+    final, same = replay(denoiser, recorded)
+    np.testing.assert_array_equal(final, expected)
+    assert same == drift
+    monkeypatch.setattr(on.device, "_advance", lambda row: None)  # a loop that stays at its first row
+    denoiser.resident.capture = Capture.NONE
+    assert not np.allclose(replay(denoiser, recorded)[0], expected)
     del denoiser
     on.close()
 

@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,10 @@ import pytest
 from fake_device import FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_on_a_processor import KERNELS, compiled_kernels
 
-import lehr.runtime
 from lehr.runtime import device_loop
 
-KERNELS = Path(lehr.runtime.__file__).parent / "kernels"
-
-# What CUDA C++ has and C++ has not, for one thread that strides over all elements.
-SHIM = """
-#define __device__
-#define __global__
-#define __forceinline__ inline
-struct { int x; } blockIdx, threadIdx, blockDim = {1}, gridDim = {1};
-static float __fmul_rn(float a, float b) { return a * b; }
-static float __fadd_rn(float a, float b) { return a + b; }
-static float __fsub_rn(float a, float b) { return a - b; }
-static double __dmul_rn(double a, double b) { return a * b; }
-static double __dadd_rn(double a, double b) { return a + b; }
-"""
 compiler = shutil.which("g++")
 
 
@@ -39,13 +24,7 @@ compiler = shutil.which("g++")
 def compiled(tmp_path_factory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("there is no g++ here")
-    folder = tmp_path_factory.mktemp("kernels")
-    source = (KERNELS / "table.cu").read_text().replace('_Pragma("unroll 1")', "").replace("#pragma unroll 1", "")
-    (folder / "table.cpp").write_text(SHIM + source)
-    library = folder / "table.so"
-    command = [compiler, "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, folder / "table.cpp"]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(compiled_kernels(compiler, tmp_path_factory.mktemp("kernels"))))
 
 
 def both(compiled: ctypes.CDLL, kernel: str, arrays: dict[str, np.ndarray], arguments: list) -> None:

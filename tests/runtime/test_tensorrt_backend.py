@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from device_toy import SPLIT, WHOLE, Machine, engine, prompt, step, whole
-from fake_device import Misuse
+from fake_device import Misuse, collecting
 from fake_tensorrt_runtime import RELEASES, NumpyEngine
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra, R
 from lehr.runtime.gpu_engine import gpu_difference, version_difference
 from lehr.runtime.refit import TensorFile, rounded
 from lehr.runtime.spec import DType, GraphSpec, TensorSpec, Varies
+from lehr.runtime.tensorrt_context import Log, TensorRtBindings
 
 FEEDS = {
     "sample": np.random.default_rng(0).standard_normal((2, 2, 4, 3)).astype(np.float32),
@@ -47,13 +48,13 @@ def on(monkeypatch, request):
         machine = Machine(release, **engines)
         monkeypatch.setitem(sys.modules, release.split(maxsplit=1)[0], machine.library)
         monkeypatch.setattr(cuda, "stream", lambda: machine.stream)
-        monkeypatch.setattr(tensorrt_backend, "_log", tensorrt_backend.Log)
+        monkeypatch.setattr(tensorrt_backend, "_log", Log)
         made.append(machine)
         return machine
 
-    yield build
+    with collecting():
+        yield build
     for machine in made:
-        gc.collect()
         machine.close()
 
 
@@ -133,13 +134,13 @@ def test_an_output_whose_shape_follows_from_values_is_allocated_by_the_engine_it
 
 def test_the_narrowest_profile_that_holds_the_shapes_is_chosen(on, monkeypatch):
     chosen = []
-    original = tensorrt_backend.TensorRtBindings._profile
+    original = TensorRtBindings._profile
 
     def spy(bindings):
         chosen.append(original(bindings))
         return chosen[-1]
 
-    monkeypatch.setattr(tensorrt_backend.TensorRtBindings, "_profile", spy)
+    monkeypatch.setattr(TensorRtBindings, "_profile", spy)
     narrow = tuple({**row, "sample": ((k, 2, 4, 3),) * 3} for k, row in ((2, profile(2, 2, 2)), (1, profile(1, 1, 1))))
     machine = on(e=engine(WHOLE["step"], whole, profiles=(profile(1, 4, 8), *narrow)))
     session = machine.session("e")
@@ -156,7 +157,7 @@ def test_contexts_share_scratch_memory_and_old_shapes_are_forgotten(on):
         feeds = {name: np.resize(value, (batch, *value.shape[1:])) for name, value in FEEDS.items()}
         np.testing.assert_array_equal(session.run(feeds)["output"], whole(feeds)["output"])
     assert machine.stream.workspace(1).size == 8 << 16
-    gc.collect()
+    gc.collect(1)
     # The last two contexts share the largest one; with a place each the sum would be 8 + … > 30 units.
     assert machine.device.in_use < (8 + 7 + 8 + 2) << 16
 
@@ -164,7 +165,8 @@ def test_contexts_share_scratch_memory_and_old_shapes_are_forgotten(on):
 def test_an_engine_is_not_let_go_while_its_work_is_queued(on):
     machine = on(e=engine(WHOLE["step"], whole))
     session = machine.session("e")
-    result = session.run_resident(FEEDS)["output"]
+    feeds = {name: machine.stream.put(value) for name, value in FEEDS.items()}  # freeing its own would wait, too
+    result = session.run_resident(feeds)["output"]
     del session
     np.testing.assert_array_equal(machine.stream.download(result), whole(FEEDS)["output"])
 

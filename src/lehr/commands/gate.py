@@ -166,9 +166,16 @@ def _gated(
 def _merged(paths: tuple[Path, ...], asked: Policy, expect: tuple[str, ...]) -> tuple[Report, dict[str, Any]]:
     from lehr.ci.merge import merge, sources
     from lehr.ci.reports import read_report
+    from lehr.engines import target as targets
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.errors import InvalidInput
+    from lehr.runtime.recipe import recipe as find_recipe
 
+    for name in expect:
+        wanted, _, formats = name.partition(":")
+        targets.target(wanted)  # a name that is misspelt is no missing report
+        if formats:
+            find_recipe(formats)
     bundles = [path for path in paths if path.is_dir()]
     if len(bundles) > 1:
         raise InvalidInput(f"expected one bundle beside the reports, got {', '.join(map(str, bundles))}.")

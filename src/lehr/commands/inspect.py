@@ -77,6 +77,7 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
     """
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.engine import engines
+    from lehr.runtime.kits import kits
     from lehr.runtime.stored_tables import StoredTables
 
     opened = Bundle.open(bundle)
@@ -108,6 +109,7 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
         "versions": dict(manifest.versions),
         "graphs": graphs,
         "engines": [_engine(opened, record) for record in engines(opened)],
+        "kits": [{"target": kit.target, "recipe": kit.recipe, "library": kit.library} for kit in kits(opened)],
         "audit": _audit(opened),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": len(manifest.files),
@@ -160,6 +162,9 @@ def _prose(data: dict[str, Any]) -> str:
         parts.append(table(("target", "recipe", "library", "MB", "precision", "parity"), rows))
     else:
         parts.append("no engines yet: lehr build")
+    if data["kits"]:
+        waiting = ", ".join(f"{kit['target']} {kit['recipe']}" for kit in data["kits"])
+        parts.append(f"build kits, for engines that the device itself must finish: {waiting}")
     if data["audit"]:
         a = data["audit"]
         parts.append(
