@@ -1,10 +1,8 @@
-"""Other people's quantisers, run on the step graph of a bundle with the inputs that ours are calibrated on.
+"""Peers of the budget search and of int8 recipes that need more than a graph: accuracy control, and ModelOpt.
 
-Each peer is a function from a graph and feeds to a quantised file that ONNX Runtime (``.onnx``) or OpenVINO (``.xml``)
-reads. A package that is not installed raises :class:`Missing`, which the benchmark reports as such.
-
-ONNX Runtime's quantisers come with it. NNCF: ``pip install nncf==3.4.0``. ModelOpt pins older versions of onnx and
-ONNX Runtime and runs in an environment of its own, whose python ``--modelopt`` names:
+The plain quantisers of ONNX Runtime and NNCF stand in quantised_peers.py. A package that is not installed raises
+:class:`Missing`, which the benchmark reports as such. NNCF: ``pip install nncf==3.4.0``. ModelOpt pins older versions
+of onnx and ONNX Runtime and runs in an environment of its own, whose python ``--modelopt`` names:
 ``python -m venv v && v/bin/pip install "nvidia-modelopt[onnx]==0.47.*" torch==2.13.0``.
 """
 
@@ -39,86 +37,25 @@ class Missing(Exception):
     """A peer is not installed; the message says what to install."""
 
 
-# ------------------------------------------------------------------------------------------------ ONNX Runtime
-
-
-def prepared(graph: Path, folder: Path) -> Path:
-    """A copy with weights inside and shapes inferred anew, which ONNX Runtime's quantisers need."""
-    model = onnx.load(graph)
-    del model.graph.value_info[:]
-    model = onnx.shape_inference.infer_shapes(model)
-    target = folder / "prepared.onnx"
-    onnx.save(model, target)
-    return target
-
-
-def ort_static(graph: Path, feeds: Sequence[Feeds], folder: Path) -> Path:
-    """``quantize_static``: Q/DQ, a scale a channel of weights, u8 activations as its documents advise for x86-64."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._rows = iter(feeds)
-
-        def get_next(self) -> Any:
-            row = next(self._rows, None)
-            return None if row is None else dict(row)
-
-    target = folder / "ort-static.onnx"
-    quantize_static(
-        prepared(graph, folder),
-        target,
-        Reader(),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    return target
-
-
-def ort_dynamic(graph: Path, folder: Path) -> Path:
-    """``quantize_dynamic``: weights in 8 bits, activations quantised as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    target = folder / "ort-dynamic.onnx"
-    quantize_dynamic(prepared(graph, folder), target, per_channel=True, weight_type=QuantType.QInt8)
-    return target
-
-
 # -------------------------------------------------------------------------------------------------------- NNCF
-
-
-def nncf_plain(graph: Path, feeds: Sequence[Feeds], folder: Path, *, transformer: bool) -> Path:
-    """``nncf.quantize`` on OpenVINO's model of the graph, with the preset its documents advise for the architecture."""
-    nncf, ov = _nncf()
-    model = nncf.quantize(
-        ov.Core().read_model(graph),
-        nncf.Dataset([dict(row) for row in feeds]),
-        preset=nncf.QuantizationPreset.MIXED,
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-        subset_size=len(feeds),
-    )
-    target = folder / "nncf.xml"
-    ov.save_model(model, target, compress_to_fp16=False)
-    return target
 
 
 def nncf_accuracy_control(
     graph: Path,
     feeds: Sequence[Feeds],
-    folder: Path,
+    output: Path,
     *,
     transformer: bool,
     psnr: Callable[[Any], float],
     budget: float,
     exact: float,
-) -> Path:
+) -> None:
     """``nncf.quantize_with_accuracy_control`` with the final samples' PSNR as accuracy.
 
     Args:
         graph: the step graph.
         feeds: calibration data.
-        folder: to write into.
+        output: the file to write, an OpenVINO .xml.
         transformer: whether the model is one.
         psnr: of a compiled OpenVINO model, in dB, at most ``exact``.
         budget: the PSNR to keep.
@@ -140,9 +77,7 @@ def nncf_accuracy_control(
         model_type=nncf.ModelType.TRANSFORMER if transformer else None,
         subset_size=len(rows),
     )
-    target = folder / "nncf-accuracy-control.xml"
-    ov.save_model(model, target, compress_to_fp16=False)
-    return target
+    ov.save_model(model, output, compress_to_fp16=False)
 
 
 def _nncf() -> tuple[Any, Any]:
@@ -158,18 +93,18 @@ def _nncf() -> tuple[Any, Any]:
 # ---------------------------------------------------------------------------------------------------- ModelOpt
 
 
-def modelopt(graph: Path, feeds: Sequence[Feeds], folder: Path, *, python: Path | None) -> Path:
+def modelopt(graph: Path, feeds: Sequence[Feeds], output: Path, *, python: Path | None) -> None:
     """``modelopt.onnx.quantization.quantize`` to int8 with its defaults, in its own environment."""
     if python is None:
         raise Missing("no environment with nvidia-modelopt[onnx] was named (--modelopt)")
-    source, calibration, target = prepared(graph, folder), folder / "modelopt.npz", folder / "modelopt.onnx"
-    np.savez(calibration, **{name: np.concatenate([row[name] for row in feeds]) for name in _batched(feeds)})
-    words = [str(python), "-c", MODELOPT, str(source), str(calibration), str(target), "int8"]
+    model = onnx.load(graph)
+    del model.graph.value_info[:]
+    source, calibration = output.with_name("modelopt-source.onnx"), output.with_name("modelopt.npz")
+    onnx.save(onnx.shape_inference.infer_shapes(model), source)
+    # It takes calibration data a row at a time, with a row of what samples share for each.
+    rows = [{name: value[:1] for name, value in row.items()} for row in feeds]
+    np.savez(calibration, **{name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    words = [str(python), "-c", MODELOPT, str(source), str(calibration), str(output), "int8"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode != 0 or not target.is_file():
-        raise Missing(f"modelopt failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
-    return target
-
-
-def _batched(feeds: Sequence[Feeds]) -> list[str]:
-    return list(feeds[0])
+    if done.returncode != 0 or not output.is_file():
+        raise Missing(f"modelopt failed: {' '.join(done.stderr.strip().splitlines()[-1:]) or done.returncode}")

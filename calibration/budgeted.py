@@ -150,7 +150,7 @@ def calibrate_to_budget(
     problem = Problem(
         budget=wish.budget,
         able={name: tuple(options) for name, options in choices.items()},
-        uniform={name: dict.fromkeys(plan, name) for name, plan in uniform.items()},
+        uniform={name: {layer: name for layer in plan if layer in choices} for name, plan in uniform.items()},
         costs=costs,
         apply=apply,
         channel_weights=wish.channel_weights,
@@ -199,7 +199,9 @@ def recipes_for(target: Target | None, rest: Format, found: tuple[Layer, ...]) -
     Raises:
         InvalidInput: there is none.
     """
-    allowed = {Format.INT8, Format.INT4, Format.FP32} if target is None else set(target.formats)
+    allowed = {*Format} if target is None else set(target.formats)
+    if target is None or not target.sm:  # CPUs emulate the others, which is slow and saves nothing
+        allowed &= {Format.INT8, Format.INT4, Format.FP32, Format.BF16}
     able = [name for name in POLICIES if _needs(name, rest) <= allowed]
     kinds = {layer.kind for layer in found if not layer.roles}
     able = [name for name in able if kinds & set(POLICIES[name].configs)]

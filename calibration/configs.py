@@ -131,7 +131,9 @@ def rounds_together(config: Config) -> bool:
 
 def to_nearest(config: Config) -> Config:
     """The same with every number of the weight rounded by itself."""
-    return replace(config, rounding=Rounding.NEAREST) if rounds_together(config) else config
+    if isinstance(config, Keep) or config.rounding is Rounding.NEAREST:
+        return config
+    return replace(config, rounding=Rounding.NEAREST)
 
 
 def config_to_json(config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from lehr.engines.graph.lowering.restored import restore_weights
 from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, RunFailed
@@ -45,6 +46,8 @@ class Written:
 
     @classmethod
     def of(cls, model: ir.Model) -> Written:
+        """The bytes of a graph; weights in E2M1, which ONNX Runtime cannot read, are restored in ``model`` first."""
+        restore_weights(model, [ir.DataType.FLOAT4E2M1])
         return cls(ir.to_proto(model).SerializeToString(deterministic=True), folder_of(model))
 
     def digest(self) -> bytes:

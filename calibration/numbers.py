@@ -33,7 +33,7 @@ def scales_of(peaks: Array, largest: float) -> Array:
     exact = np.maximum(np.asarray(peaks, np.float64) / largest, TINY)
     mantissa, exponent = np.frexp(exact)
     short = np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
-    return np.maximum(np.ceil(short / TINY) * TINY, TINY).astype(np.float32)
+    return np.asarray(np.maximum(np.ceil(short / TINY) * TINY, TINY), np.float32)
 
 
 def to_integers(values: Array, scale: Array, bits: int) -> Array:

@@ -85,15 +85,19 @@ def _layer(bundle: Bundle, record: EngineRecord, golden: Golden, k: int, row: in
         raise MissingExtra(e.name or "onnx_ir", "export") from e
     steps = golden.steps
     alone: Culprit | None = None
-    reason = ""
+    culprit: Culprit | None = None
+    reasons = []
     try:
         alone = portable_culprit(bundle, record, steps, k, row)
     except (BundleError, MissingExtra) as e:  # a copy of the bundle without its graphs
-        reason = str(e)
-    culprit = recorded_culprit(bundle, record, steps)
+        reasons.append(str(e))
+    try:
+        culprit = recorded_culprit(bundle, record, steps)
+    except BundleError as e:  # the recording is damaged
+        reasons.append(str(e))
     if culprit is None and alone is None:
-        if reason:
-            raise BundleError(reason)
+        if reasons:
+            raise BundleError(" ".join(reasons))
         return None
     if culprit is None or (alone is not None and alone.layer == culprit.layer):
         where = "in the engine alone" if alone is not None else "in the engine"

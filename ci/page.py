@@ -33,7 +33,7 @@ _STYLE = """
   --card: #1c2228; --good: #4cc38a; --bad: #ff8a80; --warn: #e0a83c; --a: #6cb0ff; --b: #be95ff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 48px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 32px 0 8px; }
 h3 { font-size: 15px; margin: 0 0 4px; }
@@ -48,7 +48,8 @@ th, td { padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical
 td:first-child { white-space: nowrap; font-weight: 600; }
 td:first-child code { font-weight: 400; }
 .facts td:first-child { width: 1%; padding-right: 28px; }
-.verdict ul { margin: 8px 0; padding-left: 20px; }
+.verdict ul { margin: 8px 0; padding-left: 20px; } .verdict li { overflow-wrap: anywhere; }
+.checks th, .checks td:nth-child(2) { white-space: nowrap; } .checks td:last-child { width: 100%; }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
 .o-pass { color: var(--good); } .o-FAIL { color: var(--bad); } .o-waived { color: var(--warn); }
 .o-note, .o-none { color: var(--soft); }
@@ -69,7 +70,7 @@ polyline { fill: none; stroke-width: 2; }
 .history td:first-child { white-space: normal; }
 @media (max-width: 620px) {
   body { padding: 16px 14px 40px; }
-  .checks thead { display: none; }
+  .checks thead { display: none; } .checks td:nth-child(2) { white-space: normal; }
   .checks tr { display: grid; grid-template-columns: 64px 1fr; padding: 8px 0; border-bottom: 1px solid var(--line); }
   .checks td { border: 0; padding: 0; } .checks td:last-child { grid-column: 2; }
   .facts tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line); }

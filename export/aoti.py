@@ -15,6 +15,7 @@ loaded if it was built by this user on this machine, of which a mark is kept in 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -187,15 +188,17 @@ def _mark(plan: Path) -> Path:
 
 def _trust(plan: Path) -> None:
     mark = _mark(plan)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    with contextlib.suppress(OSError):  # a home that cannot be written: the engine loads with LEHR_TRUST_NATIVE alone
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _check_trust(plan: Path) -> None:
     if os.environ.get(TRUST) != "1" and not _mark(plan).is_file():
         raise IncompatibleEngine(
             f"{plan.name} is native code that was not built by this user on this machine. Build it here with "
-            f"lehr build NAME.lehr --library aotinductor, or set {TRUST}=1 if you trust where the bundle comes from."
+            f"lehr build NAME.lehr --library aotinductor --no-cache, or set {TRUST}=1 if you trust where the bundle "
+            "comes from."
         )
 
 

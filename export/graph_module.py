@@ -19,7 +19,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lehr.export.graph_operators import OPERATORS, SIZES, Sizes
+from lehr.export.graph_operators import OPERATORS, SIZES
+from lehr.export.graph_sizes import Sizes
 from lehr.runtime.errors import BuildFailed
 from lehr.runtime.hoisted import SHAPE_SUFFIX
 
@@ -47,6 +48,9 @@ class GraphModule(nn.Module):
         self.shapes = {str(value.name): _shape(value) for value in model.graph.inputs}
         self._sizes: dict[str, Sizes] = {}
         self._weights: dict[str, str] = {}
+        # What decides sizes or fills them must be a number when the graph is traced.
+        takers = [node for node in model.graph if node.op_type in ("Resize", "Pad") and len(node.inputs) > 2]
+        self._numbers = {node.inputs[2].name for node in takers if node.inputs[2] is not None}
         for name, value in model.graph.initializers.items():
             if value.const_value is not None:
                 self._keep(name, value.const_value)
@@ -76,8 +80,8 @@ class GraphModule(nn.Module):
 
     def _keep(self, name: str, tensor: ir.TensorProtocol) -> None:
         array = tensor.numpy()
-        if array.ndim == 0 and array.dtype == np.float32:  # numbers that a Range may start from
-            self._sizes[name] = Sizes(float(array), torch.float32)
+        if array.dtype == np.float32 and (array.ndim == 0 or name in self._numbers):  # a Range may start from a number
+            self._sizes[name] = Sizes(array.tolist(), torch.float32)
             return
         if array.dtype == np.int64 and array.ndim <= 1 and array.size <= MAX_SIZES:
             self._sizes[name] = Sizes(array.tolist() if array.ndim else int(array))

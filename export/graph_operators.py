@@ -11,179 +11,19 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnx_ir as ir
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from lehr.export import graph_sizes as gs
+from lehr.export.graph_sizes import Value
 from lehr.runtime.errors import BuildFailed
-
-
-class Sizes:
-    """A vector of sizes, or one size: integers, or symbols of a trace; or a number that is known to it.
-
-    ``dtype`` is what it is as a tensor: graphs cast sizes to floating point, too.
-    """
-
-    def __init__(self, values: Any, dtype: torch.dtype = torch.int64) -> None:
-        self.values, self.dtype = values, dtype
-
-    @property
-    def scalar(self) -> bool:
-        return not isinstance(self.values, list)
-
-    def items(self) -> list[Any]:
-        return [self.values] if self.scalar else self.values
-
-    def tensor(self, device: torch.device) -> Tensor:
-        """As a tensor."""
-        parts = [torch.full((1,), item, dtype=self.dtype, device=device) for item in self.items()]
-        whole = torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype, device=device)
-        return whole[0] if self.scalar else whole
-
-
-Value = Tensor | Sizes
-
-
-def _ints(value: Value | None) -> list[Any] | None:
-    """Sizes, axes and the like, which must be known when the graph is traced."""
-    if value is None:
-        return None
-    if isinstance(value, Sizes):
-        return value.items()
-    raise BuildFailed("a size, an axis or a permutation is computed from data. Build with another library.")
-
-
-def _only(name: str, given: Any, *allowed: Any) -> None:
-    if given not in allowed:
-        raise BuildFailed(f"{name} {given!r} has no counterpart in PyTorch that Lehr knows of; {allowed} have.")
-
-
-# ------------------------------------------------------------------------------------------- sizes and their arithmetic
-
-
-def _arithmetic(on_sizes: Callable[[Any, Any], Any], on_tensors: Callable[[Any, Any], Any]) -> Callable[..., Value]:
-    def apply(a: Value, b: Value) -> Value:
-        if isinstance(a, Sizes) and isinstance(b, Sizes) and a.dtype == b.dtype == torch.int64:
-            x, y = a.items(), b.items()
-            length = max(len(x), len(y))
-            rows = [on_sizes(x[k % len(x)], y[k % len(y)]) for k in range(length)]
-            return Sizes(rows[0] if a.scalar and b.scalar else rows)
-        left, right = (_scalar_or_tensor(v, like) for v, like in ((a, b), (b, a)))
-        return on_tensors(left, right)
-
-    return apply
-
-
-def _scalar_or_tensor(value: Value, like: Value) -> Any:
-    if isinstance(value, Tensor):
-        return value
-    device = like.device if isinstance(like, Tensor) else torch.device("cpu")
-    return value.values if value.scalar else value.tensor(device)
-
-
-def _divide(a: Any, b: Any) -> Any:
-    floating = any(isinstance(v, Tensor) and v.is_floating_point() for v in (a, b))
-    return torch.div(a, b) if floating else torch.div(a, b, rounding_mode="trunc")
-
-
-def _shape(x: Tensor, start: int = 0, end: int | None = None) -> Sizes:
-    return Sizes(list(x.shape)[start:end])
-
-
-def _concat(*values: Value, axis: int) -> Value:
-    if all(isinstance(value, Sizes) for value in values):
-        return Sizes([item for value in values for item in value.items()])  # type: ignore[union-attr]
-    device = next(value.device for value in values if isinstance(value, Tensor))
-    return torch.cat([v.tensor(device) if isinstance(v, Sizes) else v for v in values], dim=axis)
-
-
-def _gather(data: Value, indices: Value, axis: int = 0) -> Value:
-    if isinstance(data, Sizes) and isinstance(indices, Sizes):
-        found = [data.items()[k] for k in indices.items()]
-        return Sizes(found[0] if indices.scalar else found)
-    table = data.tensor(indices.device) if isinstance(data, Sizes) else data  # type: ignore[union-attr]
-    if isinstance(indices, Sizes):
-        if indices.scalar:
-            return table.select(axis, indices.values)
-        indices = indices.tensor(table.device)
-    flat = torch.index_select(table, axis, indices.reshape(-1))
-    place = axis % table.ndim
-    return flat.reshape([*table.shape[:place], *indices.shape, *table.shape[place + 1 :]])
-
-
-def _slice(x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None) -> Value:
-    begins, stops = _ints(starts) or [], _ints(ends) or []
-    places, strides = _ints(axes) or list(range(len(begins))), _ints(steps) or [1] * len(begins)
-    if isinstance(x, Sizes):
-        return Sizes(x.items()[begins[0] : stops[0] : strides[0]])
-    for begin, stop, place, stride in zip(begins, stops, places, strides, strict=True):
-        if stride < 0:
-            _only("Slice with step", stride, -1)
-            x = torch.flip(x, [place])
-            continue
-        last = None if isinstance(stop, int) and stop >= 2**31 - 1 else stop
-        x = x[(slice(None),) * (place % x.ndim) + (slice(begin, last, stride),)]
-    return x
-
-
-def _squeeze(x: Value, axes: Value | None = None) -> Value:
-    if isinstance(x, Sizes):
-        return Sizes(x.items()[0])
-    places = _ints(axes)
-    return torch.squeeze(x) if places is None else torch.squeeze(x, [place % x.ndim for place in places])
-
-
-def _unsqueeze(x: Value, axes: Value) -> Value:
-    if isinstance(x, Sizes):
-        return Sizes(x.items())
-    places = _ints(axes) or []
-    for place in sorted(place % (x.ndim + len(places)) for place in places):
-        x = x.unsqueeze(place)
-    return x
-
-
-def _cast(x: Value, to: int, saturate: int = 1) -> Value:
-    dtype = _DTYPES.get(ir.DataType(to))
-    if dtype is None:
-        raise BuildFailed(f"a cast to {ir.DataType(to).name} has no counterpart in PyTorch that Lehr knows of.")
-    if isinstance(x, Sizes):
-        return Sizes(x.values, dtype)
-    return x.to(dtype)
-
-
-def _range(start: Value, limit: Value, delta: Value) -> Tensor:
-    if not (isinstance(start, Sizes) and isinstance(limit, Sizes) and isinstance(delta, Sizes)):
-        raise BuildFailed("a Range is computed from data. Build with another library.")
-    first, last, step = (
-        int(v.values) if isinstance(v.values, float) and v.values.is_integer() else v.values
-        for v in (start, limit, delta)
-    )
-    return torch.arange(first, last, step, dtype=start.dtype)
-
-
-def _reshape(x: Value, shape: Value, allowzero: int = 0) -> Value:
-    sizes = _ints(shape) or []
-    if isinstance(x, Sizes):
-        return x if sizes else Sizes(x.items()[0])
-    whole = [
-        x.shape[k] if isinstance(size, int) and size == 0 and not allowzero else size for k, size in enumerate(sizes)
-    ]
-    return x.reshape(whole)
-
-
-def _constant_of_shape(shape: Value, value: Any = None) -> Value:
-    fill = 0.0 if value is None else value.numpy().reshape(-1)[0].item()
-    if value is not None and value.dtype == ir.DataType.INT64:
-        return Sizes([fill] * (_ints(shape) or [0])[0])
-    return torch.full(_ints(shape) or [], fill)
-
 
 # --------------------------------------------------------------------------------------------------- moving data about
 
 
 def _expand(x: Tensor, shape: Value) -> Tensor:
-    sizes = _ints(shape) or []
+    sizes = gs.ints(shape) or []
     own = [1] * (len(sizes) - x.ndim) + list(x.shape)
     wanted = [1] * (len(own) - len(sizes)) + sizes
     return x.expand([a if isinstance(b, int) and b == 1 else b for a, b in zip(own, wanted, strict=True)])
@@ -192,7 +32,7 @@ def _expand(x: Tensor, shape: Value) -> Tensor:
 def _split(
     x: Tensor, split: Value | None = None, *, parts: int, axis: int = 0, num_outputs: int = 0
 ) -> tuple[Tensor, ...]:
-    sizes = _ints(split)
+    sizes = gs.ints(split)
     if sizes is None:
         size = -(-x.shape[axis] // parts)
         return tuple(torch.split(x, size, dim=axis))
@@ -202,16 +42,16 @@ def _split(
 def _pad(
     x: Tensor, pads: Value, constant: Value | None = None, axes: Value | None = None, *, mode: str = "constant"
 ) -> Tensor:
-    widths = _ints(pads) or []
-    places = [place % x.ndim for place in _ints(axes) or range(x.ndim)]
+    widths = gs.ints(pads) or []
+    places = [place % x.ndim for place in gs.ints(axes) or range(x.ndim)]
     half = len(widths) // 2
     both = {place: (widths[k], widths[half + k]) for k, place in enumerate(places)}
     first = min((place for place in both if both[place] != (0, 0)), default=x.ndim - 1)
     flat = [width for place in range(x.ndim - 1, first - 1, -1) for width in both.get(place, (0, 0))]
     named = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-    _only("Pad with mode", mode, *named)
+    gs.only("Pad with mode", mode, *named)
     if mode == "constant":
-        fill = 0.0 if constant is None else constant.values if isinstance(constant, Sizes) else constant.item()
+        fill = 0.0 if constant is None else constant.values if isinstance(constant, gs.Sizes) else constant.item()
         return nnf.pad(x, flat, value=fill)
     return nnf.pad(x, flat, mode=named[mode])
 
@@ -227,11 +67,11 @@ def _resize(
     nearest_mode: str = "round_prefer_floor",
     **_: Any,
 ) -> Tensor:
-    wanted = _ints(sizes)
+    wanted = gs.ints(sizes)
     if wanted is not None:
         target = wanted[-(x.ndim - 2) :]
-    elif isinstance(scales, Tensor):
-        factors = scales.tolist()[-(x.ndim - 2) :]
+    elif scales is not None:
+        factors = (gs.ints(scales) or [])[-(x.ndim - 2) :]
         target = [
             int(factor) * size if factor == int(factor) else math.floor(factor * size)
             for factor, size in zip(factors, x.shape[2:], strict=True)
@@ -241,7 +81,7 @@ def _resize(
     if mode == "nearest":
         floors = coordinate_transformation_mode == "asymmetric" and nearest_mode == "floor"
         return nnf.interpolate(x, size=target, mode="nearest" if floors else "nearest-exact")
-    _only("Resize with mode", mode, "linear", "cubic")
+    gs.only("Resize with mode", mode, "linear", "cubic")
     named = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}
     corners = coordinate_transformation_mode == "align_corners"
     return nnf.interpolate(x, size=target, mode=named[mode, x.ndim - 2], align_corners=corners)
@@ -266,7 +106,7 @@ def _gemm(
 
 
 def _symmetric(pads: Sequence[int], auto_pad: str) -> list[int]:
-    _only("padding", auto_pad, "NOTSET", "VALID")
+    gs.only("padding", auto_pad, "NOTSET", "VALID")
     half = len(pads) // 2
     if list(pads[:half]) != list(pads[half:]):
         raise BuildFailed(f"padding {list(pads)} differs between the sides, which Lehr knows no counterpart of.")
@@ -352,7 +192,7 @@ def _attention(
     softmax_precision: int = 0,
 ) -> Tensor:
     """Opset 23's Attention; what it returns beside the result is not there."""
-    _only("Attention with softcap", softcap, 0.0)
+    gs.only("Attention with softcap", softcap, 0.0)
     if any(one is not None for one in past):
         raise BuildFailed("Attention with a cache has no counterpart here. Build with another library.")
     flat = q.ndim == 3
@@ -395,7 +235,7 @@ def _instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1
 
 def _reduction(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(x: Tensor, axes: Value | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0) -> Tensor:
-        places = _ints(axes)
+        places = gs.ints(axes)
         if places is None and noop_with_empty_axes:
             return x
         return function(x, places if places is not None else list(range(x.ndim)), bool(keepdims))
@@ -413,39 +253,27 @@ def _all_of(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
-_DTYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.DOUBLE: torch.float64,
-    ir.DataType.INT64: torch.int64,
-    ir.DataType.INT32: torch.int32,
-    ir.DataType.BOOL: torch.bool,
-    ir.DataType.UINT8: torch.uint8,
-    ir.DataType.INT8: torch.int8,
-}
-
 _ON_SIZES: dict[str, Callable[..., Any]] = {
-    "Add": _arithmetic(operator.add, torch.add),
-    "Sub": _arithmetic(operator.sub, lambda a, b: a - b),
-    "Mul": _arithmetic(operator.mul, lambda a, b: a * b),
-    "Div": _arithmetic(operator.floordiv, _divide),
-    "Shape": _shape,
-    "Concat": _concat,
-    "Gather": _gather,
-    "Slice": _slice,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Cast": _cast,
-    "Range": _range,
-    "Reshape": _reshape,
-    "ConstantOfShape": _constant_of_shape,
+    "Add": gs.arithmetic(operator.add, torch.add),
+    "Sub": gs.arithmetic(operator.sub, lambda a, b: a - b),
+    "Mul": gs.arithmetic(operator.mul, lambda a, b: a * b),
+    "Div": gs.arithmetic(operator.floordiv, gs.divide),
+    "Shape": gs.shape_of,
+    "Concat": gs.concat,
+    "Gather": gs.gather,
+    "Slice": gs.sliced,
+    "Squeeze": gs.squeeze,
+    "Unsqueeze": gs.unsqueeze,
+    "Cast": gs.cast,
+    "Range": gs.ranged,
+    "Reshape": gs.reshape,
+    "ConstantOfShape": gs.constant_of_shape,
     "Expand": _expand,
     "Split": _split,
     "Pad": _pad,
     "Resize": _resize,
     "Identity": lambda x: x,
-    "Tile": lambda x, repeats: x.repeat(_ints(repeats)),
+    "Tile": lambda x, repeats: x.repeat(gs.ints(repeats)),
     "ReduceMean": _reduction(torch.mean),
     "ReduceSum": _reduction(torch.sum),
     "ReduceMax": _reduction(torch.amax),

@@ -1,7 +1,7 @@
 """Write the digits classifier as a feature network: ``python -m lehr.export.reference.feature_network OUT.onnx``.
 
-The gate knows neither PyTorch nor this package, so the file is shipped with it (``ci/features``); a test holds it against
-the classifier's weights.
+The gate knows neither PyTorch nor this package, so the file is shipped with it (``ci/features``); a test holds it
+against the classifier's weights.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lehr.calibration.columns import columns
 from lehr.calibration.configs import (
     ALPHAS,
     CONFIGS,
@@ -33,7 +34,6 @@ from lehr.calibration.configs import (
     config_from_json,
     config_to_json,
 )
-from lehr.calibration.columns import columns
 from lehr.calibration.histogram import count_by_channel
 from lehr.calibration.layers import Kind, Role, layers
 from lehr.calibration.numbers import (
@@ -79,7 +79,8 @@ LARGEST = {"int8": 127.0, "float8e4m3fn": 448.0, "int4": 7.0}
 def rounder(kind: str) -> ort.InferenceSession:
     """ONNX Runtime's own quantisers, there and back, with a scale that is fed."""
     x, s, y = (
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, d) for n, d in zip("xsy", ([16], [], [16]))
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, d)
+        for n, d in zip("xsy", ([16], [], [16]), strict=True)
     )
     zero = onnx.helper.make_tensor("z", getattr(onnx.TensorProto, kind.upper()), [], [0])
     nodes = [

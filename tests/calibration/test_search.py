@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lehr.calibration import budgeted
 from lehr.calibration import search as module
 from lehr.calibration.budget import Budget, Losses, Measure
 from lehr.calibration.budgeted import options_of, recipes_for, saved
@@ -241,13 +242,25 @@ def test_layers_may_take_what_recipes_would_make_of_them_whatever_their_role(dit
 # ------------------------------------------------------------------------------------------------- in a bundle
 
 
+@pytest.fixture
+def few_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers and one recipe, so that a search takes seconds."""
+    every = budgeted.options_of
+
+    def few(found: tuple[Layer, ...], names: tuple[str, ...]) -> dict[str, Any]:
+        return dict(list(every(found, names).items())[5:8])
+
+    monkeypatch.setattr(budgeted, "options_of", few)
+    monkeypatch.setattr(budgeted, "recipes_for", lambda *_: ("int8", "int8-weight"))
+
+
 def run(bundle: Path, scratch: Path, *words: str) -> Any:
     few = ("--num", "4", "--steps", "2", "--held-out", "16", "--threads", "1", "--trajectories", str(scratch / "t"))
     return CliRunner().invoke(command, [str(bundle), *few, *words, "--json"])
 
 
 def test_a_budget_becomes_a_recipe_in_the_bundle_with_the_same_bytes_each_time(
-    dit_bundle: Path, tmp_path: Path
+    dit_bundle: Path, tmp_path: Path, few_options: None
 ) -> None:
     hashes = []
     for name in ("one", "two"):
@@ -266,7 +279,9 @@ def test_a_budget_becomes_a_recipe_in_the_bundle_with_the_same_bytes_each_time(
     assert hashes[0] == hashes[1]
 
 
-def test_an_impossible_budget_exits_with_one_and_stores_nothing(dit_bundle: Path, tmp_path: Path) -> None:
+def test_an_impossible_budget_exits_with_one_and_stores_nothing(
+    dit_bundle: Path, tmp_path: Path, few_options: None
+) -> None:
     bundle = tmp_path / "d.lehr"
     shutil.copytree(dit_bundle, bundle)
     done = run(bundle, tmp_path, "--budget", "psnr>=150", "--time-limit", "600")

@@ -17,7 +17,7 @@ from lehr.runtime.errors import InvalidInput
 from lehr.runtime.noise import batch_normal
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     pass
 
 

@@ -292,11 +292,11 @@ def test_a_window_is_judged_on_samples_that_the_engine_draws(opened, engine, gol
     np.savez(statistics, mu=own.mean(axis=0), sigma=np.cov(own, rowvar=False))
     table = np.stack([own[rows == k].mean(axis=0) for k in range(10)])
     given = Networks(features=SHIPPED, text_features=text_network(tmp_path / "t.onnx", table), statistics=statistics)
-    wide = limits(samples=60.0, look_every=30.0, fid_max=1e4, clip_min=50.0, clip_max=100.0)
+    wide = limits(samples=20.0, look_every=10.0, fid_max=1e4, clip_min=50.0, clip_max=100.0)
     few = Changed(engine, lambda evaluate, x, t, conditions: evaluate(x, t, conditions))
     checks = window(opened, few, golden, wide, given)
     assert [(c.name, c.outcome) for c in checks] == [("L3.fid", Outcome.PASSED), ("L3.clip", Outcome.PASSED)]
-    assert "over 60 samples" in checks[0].reason
+    assert "over 20 samples" in checks[0].reason
     narrow = replace(wide, clip_min=99.9)
     assert outcomes(window(opened, few, golden, narrow, given))["L3.clip"] is Outcome.FAILED
 

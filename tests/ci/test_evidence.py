@@ -201,7 +201,7 @@ def test_evidence_for_another_machines_target_is_refused_with_the_way_to_get_it(
 @pytest.fixture
 def untimed(monkeypatch) -> None:
     monkeypatch.setattr(making, "_bench", lambda *arguments: {"step_ms": 1.0})
-    monkeypatch.setattr("lehr.commands.evidence._prose", lambda data, output: "")
+    monkeypatch.setattr("lehr.commands.evidence._prose", lambda data, output, policy: "")
 
 
 def test_an_engine_that_fails_the_gate_leaves_its_evidence_and_exits_with_1(dit_bundle, tmp_path, untimed):

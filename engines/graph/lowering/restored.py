@@ -26,11 +26,7 @@ def restore_weights(model: ir.Model, types: Collection[ir.DataType]) -> ir.passe
         InvalidInput: a scale that is computed from what is no constant.
     """
     graph = model.graph
-    nodes = [
-        node
-        for node in graph
-        if node.op_type == "DequantizeLinear" and _stored(node.inputs[0]) and node.inputs[0].dtype in types  # type: ignore[union-attr]
-    ]
+    nodes = [node for node in graph if node.op_type == "DequantizeLinear" and _holds(node.inputs[0], types)]
     for node in nodes:
         weight, old = node.inputs[0], node.outputs[0]
         if weight is None or weight.const_value is None:
@@ -44,7 +40,12 @@ def restore_weights(model: ir.Model, types: Collection[ir.DataType]) -> ir.passe
             _int(node, "block_size", 0),
             name,
         )
-        tensor = ir.LazyTensor(make, dtype=ir.DataType.FLOAT, shape=ir.Shape(weight.const_value.shape), name=name)
+        tensor = ir.LazyTensor(
+            make,
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape([int(size) for size in weight.const_value.shape.numpy()]),
+            name=name,
+        )
         made = ir.Value(name=name, shape=old.shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
         graph.register_initializer(made)
         ir.convenience.replace_all_uses_with(old, made)
@@ -73,6 +74,10 @@ def _constant(value: ir.Value | None) -> Any:
     if producer is None or producer.op_type != "DequantizeLinear":
         raise InvalidInput(f"scale {None if value is None else value.name!r} is no constant. Calibrate again.")
     return _constant(producer.inputs[0]) * _constant(producer.inputs[1])
+
+
+def _holds(value: ir.Value | None, types: Collection[ir.DataType]) -> bool:
+    return value is not None and value.is_initializer() and value.dtype in types
 
 
 def _stored(value: ir.Value | None) -> bool:

@@ -76,7 +76,7 @@ def command(
         progress=progress,
     )
     output.write_bytes(encode_json(data, "evidence"))
-    emit(as_json, data, _prose(data, output))
+    emit(as_json, data, _prose(data, output, policy_name))
     if not report.passed:
         raise click.exceptions.Exit(1)
 
@@ -104,7 +104,7 @@ def _engine(opened: Bundle, target: str, recipe: str, progress: Progress) -> Eng
     return build(opened.root, wanted, chosen, progress=progress)
 
 
-def _prose(data: dict[str, Any], output: Path) -> str:
+def _prose(data: dict[str, Any], output: Path, policy: str) -> str:
     bench, judged = data["measured"]["bench"], data["gate"]
     power = bench["power"]
     watts = power["reason"] if power["watts"] is None else f"{power['watts']:g} W ({power['source']})"
@@ -118,4 +118,4 @@ def _prose(data: dict[str, Any], output: Path) -> str:
         ("eager here", data["measured"]["eager"].get("unavailable") or "floors measured"),
         *sorted(data["measured"]["machine"].items()),
     ]
-    return f"{table(('what', 'measured'), rows)}\n{output}: next, lehr gate --merge {output} --policy release"
+    return f"{table(('what', 'measured'), rows)}\n{output}: next, lehr gate --merge {output} --policy {policy}"

@@ -82,7 +82,7 @@ def _targets_table(rows: list[dict[str, Any]]) -> str:
             " ".join(row["libraries"]) or "none yet",
             " ".join(row["recipes"]),
             "yes" if row["builds_here"] else "no",
-            "yes" if row["runs_with"] else "not yet",
+            "not yet" if not row["runs_with"] else "untried on a GPU" if row["sm"] else "yes",
             row["summary"],
         )
         for row in rows
