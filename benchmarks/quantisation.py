@@ -37,7 +37,7 @@ from quantised_peers import nncf, ort_dynamic, ort_static
 from lehr.calibration.budget import Measure, parse_budget
 from lehr.calibration.budgeted import Wish, calibrate_to_budget, report, saved
 from lehr.calibration.calibrate import calibrate
-from lehr.calibration.execute import Session, step_graph
+from lehr.calibration.execute import Session, inlined, step_graph
 from lehr.calibration.held_out import HeldOut, Settings
 from lehr.calibration.timing import by_onnxruntime, by_openvino, few_rows, interleaved
 from lehr.calibration.tracks import only
@@ -201,7 +201,9 @@ def measure(model: str, scratch: Path, arguments: argparse.Namespace) -> dict[st
         calibrate(bundle, name)
         graphs[name] = loaded(bundle.path(f"calibration/{name}/step.onnx"))
     feeds = calibration_feeds(bundle, scratch / "trajectories")
-    peers, missing = peer_files(bundle.path(bundle.manifest.graphs["step"].file), feeds, scratch, arguments, held_out)
+    whole = scratch / "step.onnx"  # weights inside: peers refuse or lose external ones
+    whole.write_bytes(ir.to_proto(inlined(step_graph(bundle))).SerializeToString())
+    peers, missing = peer_files(whole, feeds, scratch, arguments, held_out)
     rows: dict[str, Any] = {}
     sessions: dict[str, dict[str, Session]] = {"onnxruntime": {}, "openvino": {}}
     for name in ("fp32", *TIMED):

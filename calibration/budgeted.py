@@ -24,7 +24,7 @@ from lehr.calibration.budget import Budget, Measure
 from lehr.calibration.calibrate import Calibration, Data, gather, provenance, renamed, store
 from lehr.calibration.configs import Config, Keep, Rounding
 from lehr.calibration.cost_model import Choices, Costs, Source, static_costs
-from lehr.calibration.execute import step_graph
+from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import STEPS, Fold, HeldOut, Settings
 from lehr.calibration.layers import Layer, layers
 from lehr.calibration.observers import Statistics, observe
@@ -33,12 +33,15 @@ from lehr.calibration.quantize import quantize
 from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of
 from lehr.calibration.search import KEEP, Found, Plan, Problem, Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
-from lehr.calibration.trajectories import cache_folder
+from lehr.calibration.tracks import score_errors
+from lehr.calibration.trajectories import cache_folder, portable_denoiser
 from lehr.engines.target import Target
+from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.calibrated import calibrated_folder
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.recipe import RECIPES, Format
+from lehr.runtime.verify import step_errors
 
 Array = npt.NDArray[Any]
 
@@ -178,7 +181,7 @@ def calibrate_to_budget(
         MIXED,
         plan,
         psnr_db=result.confirmed.worst(Measure.PSNR) - SLACK_DB,
-        rel_error=max(1e-3, SLACK_FACTOR * result.confirmed.mean(Measure.SCORE_ERROR)),
+        rel_error=max(1e-3, SLACK_FACTOR * worst_score_error(bundle, select, apply(_quantised(result.chosen.plan)))),
         rest=wish.rest,
     )
     recipe = recipe if wish.name == MIXED else renamed(recipe, wish.name)
@@ -231,6 +234,19 @@ def options_of(found: tuple[Layer, ...], recipes: tuple[str, ...]) -> dict[str, 
         if len(options) > 1:
             choices[layer.name] = options
     return choices
+
+
+def worst_score_error(bundle: Bundle, held_out: HeldOut, graph: ir.Model) -> float:
+    """Of single evaluations, as parity judges an engine: on the recorded steps, else on a held-out loop."""
+    session = OrtGraph(graph, threads=held_out.settings.threads)
+    if golden.INDEX_FILE in bundle.manifest.files:
+        denoiser = portable_denoiser(bundle, lambda: session, threads=held_out.settings.threads)
+        return max(step_errors(denoiser, golden.read(bundle)))
+    return max(score_errors(held_out, held_out.track, session))
+
+
+def _quantised(plan: Plan) -> dict[str, str]:
+    return {layer: option for layer, option in plan.items() if option != KEEP}
 
 
 def _roundable(choices: Choices, statistics: Statistics) -> dict[str, dict[str, Config]]:
@@ -292,8 +308,7 @@ def _latencies(
     graphs: dict[str, Callable[[], ir.Model]] = {"fp32": _maker(apply, {})}
     for label, point in ((None, found.best_uniform), ("mixed", found.chosen)):
         if point is not None:
-            plan = {layer: option for layer, option in point.plan.items() if option != KEEP}
-            graphs[label or point.name] = _maker(apply, plan)
+            graphs[label or point.name] = _maker(apply, _quantised(point.plan))
     return step_milliseconds(graphs, feeds, threads=threads)
 
 

@@ -25,9 +25,10 @@ from lehr.calibration.configs import (
 )
 from lehr.calibration.layers import Kind, Layer, Role
 from lehr.runtime.errors import InvalidInput
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import MIXED, Format, Recipe
 
-MIXED = "mixed"
+
+__all__ = ["MIXED", "POLICIES", "Policy", "mixed_recipe", "needs_grams", "plan_of", "resting_in"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,8 +146,8 @@ def replay(held_out: HeldOut, track: Track, session: Session, evaluations: Colle
     return outputs
 
 
-def score_error(held_out: HeldOut, track: Track, session: Session) -> float:
-    """Mean over a track's calls of the relative score error, each call's worst sample.
+def score_errors(held_out: HeldOut, track: Track, session: Session) -> list[float]:
+    """Relative score error of each call, the worst sample's.
 
     Where alpha is 0 the score does not depend on the network; there the outputs are compared.
     """
@@ -157,7 +157,12 @@ def score_error(held_out: HeldOut, track: Track, session: Session) -> float:
         if call.alpha != 0:
             pair = [score(held_out.spec.prediction, call.alpha, call.sigma, call.sample, out) for out in pair]
         errors.append(relative_error(pair[0], pair[1]))
-    return min(float(np.mean(errors)), WORST)
+    return errors
+
+
+def score_error(held_out: HeldOut, track: Track, session: Session) -> float:
+    """Mean over a track's calls of :func:`score_errors`."""
+    return min(float(np.mean(score_errors(held_out, track, session))), WORST)
 
 
 def only(outputs: Mapping[str, Array]) -> Array:

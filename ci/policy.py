@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lehr.runtime.errors import InvalidInput, UnknownName
-from lehr.runtime.recipe import RECIPES
+from lehr.runtime.recipe import MIXED, RECIPES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -282,8 +282,8 @@ class _Reader:
 
     def _overridden(self, limits: Limits, recipe: str, given: Any) -> Limits:
         section = f"recipes.{recipe}"
-        if recipe not in RECIPES:
-            self._refuse(section, None, str(UnknownName("recipe", recipe, RECIPES)))
+        if recipe not in {*RECIPES, MIXED}:
+            self._refuse(section, None, str(UnknownName("recipe", recipe, {*RECIPES, MIXED})))
         self._keys(self._typed(given, dict, section, None), section, optional=("L1", "L2", "L3", "L4"))
         changed: dict[str, Any] = {}
         for level, values in given.items():
@@ -320,8 +320,8 @@ class _Reader:
         if not isinstance(reason, str) or not reason.strip():
             refuse("reason", "is empty, expected why this failure may pass")
         recipe = values.get("recipe")
-        if recipe is not None and recipe not in RECIPES:
-            refuse("recipe", f"is {recipe!r}, expected one of {', '.join(RECIPES)}")
+        if recipe is not None and recipe not in {*RECIPES, MIXED}:
+            refuse("recipe", f"is {recipe!r}, expected one of {', '.join((*RECIPES, MIXED))}")
         return Waiver(check=check, expires=expires, reason=reason.strip(), recipe=recipe)
 
     # ------------------------------------------------------------------------------------------------ refusing

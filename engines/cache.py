@@ -69,7 +69,8 @@ def _sha256(file: Path) -> str:
 def _code() -> str:
     """A digest of the code that builds: a changed builder makes another engine of the same graph."""
     stages = Path(__file__).parent
-    files = [*stages.rglob("*.py"), *(stages.parent / "runtime" / "backends").glob("*.py")]
+    beside = (stages.parent / "runtime" / "backends", stages.parent / "export")  # a plugged-in builder is among these
+    files = [*stages.rglob("*.py"), *(file for folder in beside for file in folder.glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 

@@ -20,6 +20,7 @@ class Format(str, Enum):
     NVFP4 = "nvfp4"  # E2M1 in blocks of 16 whose scales are fp8
 
 
+MIXED = "mixed"  # the name under which lehr calibrate --budget keeps what it found
 QUANTISED = frozenset({Format.INT8, Format.INT4, Format.FP8, Format.NVFP4})  # need scales, which calibration finds
 
 
@@ -33,9 +34,9 @@ class Recipe:
         rest: where products are quantised, the arithmetic of everything else in the step graph.
         others: further formats of single layers, of a recipe that mixes them.
         psnr_db, rel_error: the loss that a quantised recipe is allowed, of the worst final sample of a recorded loop
-            and of the score of one evaluation; None where eager PyTorch's own error in the format decides. The worst of ten
-            samples lies 10 to 20 dB below the mean, since one of them may become another picture; the figures leave
-            5 to 10 dB beside the worse of the two reference models.
+            and of the score of one evaluation; None where eager PyTorch's own error in the format decides. The worst
+            of ten samples lies 10 to 20 dB below the mean, since one of them may become another picture; the figures
+            leave 5 to 10 dB beside the worse of the two reference models.
     """
 
     name: str
