@@ -5,8 +5,8 @@
 Writes benchmarks/results/budgets.json and docs/budgets.png. A budget is the least SQNR that one evaluation may have
 against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Engines take turns, each in a process of its own
 (``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe, after ``lehr
-calibrate`` where the recipe asks for it. Peers start from plain ``torch.onnx.export``; NNCF needs a Python that has it. Models are
-those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
+calibrate`` where the recipe asks for it. Peers start from plain ``torch.onnx.export``; NNCF needs a Python that has it.
+Models are those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
 """
 
 from __future__ import annotations

@@ -237,9 +237,7 @@ def main() -> None:
             "environment": environment(),
             "models": known,
         }
-        path.write_text(
-            json.dumps(data, indent=1) + "\n", encoding="utf-8"
-        )  # after each, in case the time runs out
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")  # after each, in case the time runs out
     print(path)
 
 

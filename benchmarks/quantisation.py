@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from environment import RESULTS, write
-from quantisation_peers import modelopt, nncf_accuracy_control
-from quantised_peers import nncf, ort_dynamic, ort_static
+from quantisation_peers import modelopt, nncf_accuracy_control, ort_static
+from quantised_peers import nncf, ort_dynamic
 
 from lehr.calibration.budget import Measure, parse_budget
 from lehr.calibration.budgeted import Wish, calibrate_to_budget, report, saved
@@ -102,6 +102,14 @@ def file_session(library: str, path: Path) -> Session:
     return OnnxRuntimeSession(ort.InferenceSession(path, options, providers=[PROVIDER]))
 
 
+def opened(library: str, path: Path) -> Session | str:
+    """A peer's file, or why its own library refuses it."""
+    try:
+        return file_session(library, path)
+    except Exception as e:  # noqa: BLE001 — whatever the library says is the result
+        return f"{library} refuses its file: {str(e).splitlines()[0]}"
+
+
 class Eager:
     """PyTorch's own evaluation of the whole network, for its time."""
 
@@ -157,7 +165,7 @@ def peer_files(
     psnr_judges: dict[str, HeldOut] = {}
     makers: dict[str, tuple[str, Path, Callable[[Path], Any]]] = {
         "ort-dynamic": ("onnxruntime", folder / "dynamic.onnx", lambda path: ort_dynamic(graph, path, inputs)),
-        "ort-static": ("onnxruntime", folder / "static.onnx", lambda path: ort_static(graph, path, inputs)),
+        "ort-static": ("onnxruntime", folder / "static.onnx", lambda path: ort_static(graph, feeds, path)),
         "nncf": ("openvino", folder / "nncf.xml", lambda path: nncf(graph, path, inputs)),
         "modelopt": (
             "onnxruntime",
@@ -209,8 +217,13 @@ def measure(model: str, scratch: Path, arguments: argparse.Namespace) -> dict[st
     for name in ("fp32", *TIMED):
         for library, known in sessions.items():
             known[name] = graph_session(library, graphs[name])
-    for name, (library, path) in peers.items():
-        sessions[library][name] = file_session(library, path)
+    for name, (library, path) in list(peers.items()):
+        session = opened(library, path)
+        if isinstance(session, str):
+            missing[name] = session
+            del peers[name]
+        else:
+            sessions[library][name] = session
     for name in RECIPES:
         rows[name] = _quality(held_out, graphs[name]())
     for name, (library, _) in peers.items():

@@ -37,6 +37,35 @@ class Missing(Exception):
     """A peer is not installed; the message says what to install."""
 
 
+def ort_static(graph: Path, feeds: Sequence[Feeds], output: Path) -> None:
+    """``quantize_static``: Q/DQ, u8 activations, weights a scale a channel, min-max calibration.
+
+    Shapes are inferred by ONNX; ONNX Runtime's own pre-processing keeps small constants of a cut graph in a file beside
+    it, and then cannot read them.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
+        def __init__(self) -> None:
+            self._given = iter(feeds)
+
+        def get_next(self) -> dict[str, Any] | None:
+            row = next(self._given, None)
+            return None if row is None else dict(row)
+
+    model = onnx.load(graph)
+    del model.graph.value_info[:]
+    quantize_static(
+        onnx.shape_inference.infer_shapes(model),
+        output,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- NNCF
 
 

@@ -29,9 +29,10 @@ from lehr.calibration.held_out import STEPS, Fold, HeldOut, Settings
 from lehr.calibration.layers import Layer, layers
 from lehr.calibration.observers import Statistics, observe
 from lehr.calibration.pictures import draw_front, draw_sensitivity
+from lehr.calibration.problem import KEEP, Found, Plan, Problem
 from lehr.calibration.quantize import quantize
 from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of
-from lehr.calibration.search import KEEP, Found, Plan, Problem, Progress, search, silent
+from lehr.calibration.search import Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
 from lehr.calibration.tracks import score_errors
 from lehr.calibration.trajectories import cache_folder, portable_denoiser

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lehr.calibration.cost_model import Costs
 from lehr.calibration.heat_map import CELL_H, CELL_W, FONT, MARGIN, MAX_ROWS
-from lehr.calibration.search import Found, Point
+from lehr.calibration.problem import Found, Point
 from lehr.calibration.sensitivity import Sensitivity
 
 Array = npt.NDArray[Any]

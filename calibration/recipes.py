@@ -27,7 +27,6 @@ from lehr.calibration.layers import Kind, Layer, Role
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.recipe import MIXED, Format, Recipe
 
-
 __all__ = ["MIXED", "POLICIES", "Policy", "mixed_recipe", "needs_grams", "plan_of", "resting_in"]
 
 

@@ -136,7 +136,7 @@ RECIPES = {
         version=1,
         weights=Format.FP8,
         arithmetic=Format.FP8,
-        psnr_db=22.0,
+        psnr_db=14.0,
         rel_error=0.15,
         summary="E4M3 products, attention included; CPUs emulate it, to measure what it costs",
     ),

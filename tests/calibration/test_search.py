@@ -26,7 +26,8 @@ from lehr.calibration.cost_model import GPU, Costs, Source, bits, rates, static_
 from lehr.calibration.execute import step_graph
 from lehr.calibration.layers import Kind, Layer, layers
 from lehr.calibration.pictures import draw_front
-from lehr.calibration.search import KEEP, Found, Problem, combined, search, thinned
+from lehr.calibration.problem import KEEP, Found, Problem
+from lehr.calibration.search import combined, search, thinned
 from lehr.commands.calibrate import command
 from lehr.engines.target import target
 from lehr.runtime.bundle import Bundle
