@@ -186,7 +186,10 @@ def draw(models: list[dict[str, Any]]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
+    columns = min(3, len(models))
+    rows_ = -(-len(models) // columns)
+    size = (max(7.0, 4.4 * columns), 3.9 * rows_)
+    figure, axes = plt.subplots(rows_, columns, figsize=size, squeeze=False, constrained_layout=True)
     for ax, model in zip(axes.flat, models, strict=False):
         for mine, colour, mark in ((False, "#888888", "o"), (True, "#c0392b", "D")):
             rows = [
