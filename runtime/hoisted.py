@@ -31,7 +31,6 @@ from lehr.runtime.device import DeviceArray, stacked
 from lehr.runtime.device_loop import LoopFeeds
 from lehr.runtime.device_network import DeviceNetwork
 from lehr.runtime.engine import EngineRecord
-from lehr.runtime.host import return_freed_memory
 from lehr.runtime.spec import GraphSpec, ModelSpec, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -325,13 +324,10 @@ class HoistedNetwork:
         return self._sessions[name]
 
     def _release(self, keep: Sequence[str]) -> None:
-        released = [name for name in self._sessions if name not in keep]
-        for name in released:
+        for name in [name for name in self._sessions if name not in keep]:
             if name == STEP and (loops := self.loops()) is not None:
                 loops.forget()
             del self._sessions[name]
-        if released:
-            return_freed_memory()
 
     def _evict(self, needed: Sequence[_Key]) -> None:
         """Forget the oldest samples beyond the limit, none that the call at hand needs."""
