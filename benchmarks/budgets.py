@@ -97,7 +97,7 @@ def our_engines(name: str, recipes: list[str], scratch: Path) -> tuple[list[Cont
         started = time.monotonic()
         base, _, rest = recipe.partition("+")
         stored, problem = recipe.replace("+", "-"), None
-        if base not in ("fp32", "bf16"):
+        if base not in ("fp32", "bf16", "bf16-matmul"):
             words = ["--recipe", base, "--name", stored, "--num", SAMPLES, "--steps", STEPS]
             problem = lehr("calibrate", str(bundle), *words, *(["--rest", rest] if rest else []))
         problem = problem or lehr("build", str(bundle), "--target", "cpu", "--recipe", stored, "--library", "auto")
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--nncf-python")
-    parser.add_argument("--recipes", default="fp32,bf16,int8+bf16,int8-sq+bf16,int8-sq")
+    parser.add_argument("--recipes", default="fp32,bf16,bf16-matmul,int8+bf16,int8-sq+bf16,int8-sq")
     parser.add_argument("--seconds", type=float, default=40.0)
     given = parser.parse_args()
     stored = RESULTS / f"{NAME}.json"

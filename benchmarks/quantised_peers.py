@@ -53,18 +53,18 @@ def ort_static(graph: Path, output: Path, inputs: Sequence[Path]) -> None:
             return next(self._given, None)
 
     with tempfile.TemporaryDirectory() as scratch:
-        ready = Path(scratch) / "ready.onnx"
+        inline, ready = Path(scratch) / "inline.onnx", Path(scratch) / "ready.onnx"
+        onnx.save(_loaded(graph), inline)  # a model in memory it stores where it does not find the weights again
         # Symbolic inference fails on dynamo's graphs; ONNX's own does not.
-        quant_pre_process(_loaded(graph), ready, skip_symbolic_shape=True)
-        quantize_static(
-            ready,
-            output,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        quant_pre_process(inline, ready, skip_symbolic_shape=True)
+        settings = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+        try:
+            quantize_static(ready, output, Reader(), quant_format=QuantFormat.QDQ, **settings)
+        except ValueError:  # a weight that only moves through a Reshape or Transpose, as dynamo writes some
+            products = ["Conv", "MatMul", "Gemm"]
+            quantize_static(
+                ready, output, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=products, **settings
+            )
 
 
 def ort_weight_only(graph: Path, output: Path, _: Sequence[Path]) -> None:

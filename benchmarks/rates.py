@@ -15,7 +15,23 @@ from pathlib import Path
 
 from environment import RESULTS, write
 
-PRESETS = ("dit-xl-2", "sd3-medium", "flux-dev", "sdxl-base", "pixart-xl-2-1024", "sd-1.5", "digits-dit", "digits-adm")
+PRESETS = (
+    "dit-xl-2",
+    "sd3-medium",
+    "flux-dev",
+    "sdxl-base",
+    "pixart-xl-2-1024",
+    "sd-1.5",
+    "digits-dit",
+    "digits-adm",
+    "gaussian-dit-b",
+    "hunyuan-dit-1.2",
+    "ideogram-4",
+    "latte",
+    "spacetime-dit-xl-2",
+    "svd-xt",
+    "transfusion-7b",
+)
 
 
 def main() -> None:

@@ -20,10 +20,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 from PIL import Image
 
-from lehr.calibration.budget import Budget, Measure
-from lehr.calibration.calibrate import Calibration, Data, gather, provenance, renamed, store
+from lehr.calibration.budget import LEAST_FID, Budget, Measure
+from lehr.calibration.calibrate import Calibration, Data, gather, provenance, store
+from lehr.calibration.collected import cache_folder
 from lehr.calibration.configs import Config, Keep, Rounding
 from lehr.calibration.cost_model import Choices, Costs, Source, static_costs
+from lehr.calibration.end_search import with_schedules
+from lehr.calibration.ends import EndAsked, own_steps, with_ends
 from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import STEPS, Fold, HeldOut, Settings
 from lehr.calibration.layers import Layer, layers
@@ -31,11 +34,12 @@ from lehr.calibration.observers import Statistics, observe
 from lehr.calibration.pictures import draw_front, draw_sensitivity
 from lehr.calibration.problem import KEEP, Found, Plan, Problem
 from lehr.calibration.quantize import quantize
-from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of
+from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of, renamed
 from lehr.calibration.search import Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
 from lehr.calibration.tracks import score_errors
-from lehr.calibration.trajectories import cache_folder, portable_denoiser
+from lehr.calibration.trajectories import portable_denoiser
+from lehr.engines.feature_network import ImageNetwork
 from lehr.engines.target import Target
 from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle
@@ -65,6 +69,7 @@ class Wish:
         threads: of ONNX Runtime; 0 is one a core.
         channel_weights: as of :func:`lehr.calibration.sensitivity.measure_sensitivity`.
         folder: where results are kept between runs; by default the user's cache.
+        features: ONNX file of the network in whose features a budget on fid is measured.
     """
 
     budget: Budget
@@ -79,8 +84,20 @@ class Wish:
     threads: int = 0
     channel_weights: Array | None = None
     folder: Path | None = None
+    features: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.budget.measure is Measure.FID:
+            if self.features is None:
+                raise InvalidInput(
+                    "a budget on fid needs the network whose features are compared, and none is known for this model: "
+                    "name an ONNX file, --features FILE.onnx."
+                )
+            if self.num < LEAST_FID:
+                raise InvalidInput(
+                    f"the distance of {self.num} samples says little about their distribution; draw at least "
+                    f"{LEAST_FID} (--held-out {LEAST_FID})."
+                )
         if self.time_limit is not None and not self.time_limit > 0:
             raise InvalidInput(f"the time limit must be positive, got {self.time_limit:g} seconds.")
         if self.costs is Source.MEASURED and self.target is not None and self.target.sm:
@@ -144,8 +161,9 @@ def calibrate_to_budget(
     apply = applied(bundle, choices, statistics)
     settings = Settings(num=wish.num, steps=wish.steps, seed=wish.seed, threads=wish.threads)
     place = (wish.folder or cache_folder().parent) / "held-out"
-    select = HeldOut(bundle, settings, cache=place)
-    confirm = HeldOut(bundle, replace(settings, fold=Fold.CONFIRM), cache=place)
+    network = ImageNetwork(wish.features) if wish.features and wish.budget.measure is Measure.FID else None
+    select = HeldOut(bundle, settings, cache=place, features=network)
+    confirm = HeldOut(bundle, replace(settings, fold=Fold.CONFIRM), cache=place, features=network)
     feeds = few_rows(select.track.calls[0].feeds, len(select.track.calls[0].sample))
     started = time.monotonic()
     costs = static_costs(found, choices, target=wish.target, rest=wish.rest)
@@ -160,6 +178,9 @@ def calibrate_to_budget(
         channel_weights=wish.channel_weights,
     )
     result = search(select, confirm, problem, time_limit=wish.time_limit, progress=progress)
+    if result.finished:
+        longest = len(own_steps(bundle)) - 1
+        result = with_schedules(result, select, confirm, problem, longest=longest, progress=progress)
     seconds = time.monotonic() - started
     milliseconds = _latencies(result, apply, feeds, wish.threads)
     front = draw_front(result, costs, bundle.manifest.model.name)
@@ -186,6 +207,9 @@ def calibrate_to_budget(
         rest=wish.rest,
     )
     recipe = recipe if wish.name == MIXED else renamed(recipe, wish.name)
+    if result.chosen.end is not None:
+        ends = {result.chosen.end: EndAsked(steps=result.chosen.steps, recipe=wish.rest.value)}
+        recipe = with_ends(bundle, recipe, ends, wish.name)
     more = {"search": {"budget": str(wish.budget), "seed": wish.seed, "samples": wish.num, "steps": wish.steps}}
     kept = store(bundle, recipe, plan, statistics, provenance=provenance(trajectories), more=more)
     _keep(bundle, wish.name, budgeted)

@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from lehr.calibration.collected import Trajectories
 from lehr.calibration.configs import Config, config_to_json
+from lehr.calibration.ends import EndAsked, sources_of_ends, with_ends
 from lehr.calibration.layers import layers
 from lehr.calibration.observers import Statistics, observe
 from lehr.calibration.quantize import CHOICES, quantize
-from lehr.calibration.recipes import needs_grams, plan_of, resting_in
-from lehr.calibration.trajectories import SAMPLES, Trajectories, collect, recorded
+from lehr.calibration.recipes import needs_grams, plan_of, renamed, resting_in
+from lehr.calibration.recorded import recorded
+from lehr.calibration.trajectories import SAMPLES, collect
 from lehr.engines.graph.lowering.save import write_graph
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.calibrated import CALIBRATED_VERSION, GRAPH, RECORD, calibrated_folder
-from lehr.runtime.errors import BundleError, InvalidInput
+from lehr.runtime.errors import BundleError
 from lehr.runtime.hoisted import STEP
-from lehr.runtime.names import name_problem
-from lehr.runtime.recipe import RECIPES, Format, Recipe, recipe
+from lehr.runtime.recipe import Format, Recipe, recipe
 
 OnStep = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -80,6 +81,7 @@ def calibrate(
     data: Data | None = None,
     rest: Format | None = None,
     stored_as: str | None = None,
+    ends: Mapping[str, EndAsked] | None = None,
     on_step: OnStep | None = None,
 ) -> Calibration:
     """Calibrate a bundle for a shipped recipe.
@@ -90,6 +92,8 @@ def calibrate(
         data: where calibration data comes from.
         rest: arithmetic of what is not quantised; by default the recipe's own.
         stored_as: another name for the result, for a variation of a recipe beside the recipe itself.
+        ends: other recipes for the first or last steps of a loop; a recipe that needs no calibration may have them,
+            too, and then nothing is drawn.
         on_step: told how far it is.
 
     Raises:
@@ -100,12 +104,16 @@ def calibrate(
     """
     data = data or Data()
     shipped = recipe(name)
+    if ends and not shipped.calibrated:
+        return store_schedule(bundle, with_ends(bundle, shipped, ends, stored_as))
     step = step_graph(bundle)
     found = layers(step, sample=bundle.manifest.model.sample.name)
     plan = plan_of(name, found)
     chosen = shipped if rest is None else resting_in(shipped, rest)
     if stored_as is not None:
         chosen = renamed(chosen, stored_as)
+    if ends:
+        chosen = with_ends(bundle, chosen, ends, stored_as)
     trajectories = gather(bundle, data, on_step)
     statistics = observe(
         bundle, trajectories, grams=needs_grams(plan), threads=data.threads, on_step=_told(on_step, "observing")
@@ -152,21 +160,6 @@ def provenance(trajectories: Trajectories) -> dict[str, Any]:
     }
 
 
-def renamed(chosen: Recipe, name: str) -> Recipe:
-    """The recipe under another name.
-
-    Raises:
-        InvalidInput: a shipped recipe's name, or one that is no folder's.
-    """
-    if name in RECIPES and name != chosen.name:
-        raise InvalidInput(f"{name!r} is a shipped recipe. Choose a name of your own.")
-    problem = name_problem(f"calibration/{name}") or ("it holds a slash" if "/" in name or "--" in name else None)
-    if problem:
-        raise InvalidInput(f"{name!r} cannot name a recipe: {problem}. Use letters, digits and single hyphens.")
-    fields = {key: getattr(chosen, key) for key in chosen.__dataclass_fields__}
-    return Recipe(**{**fields, "name": name})
-
-
 def store(
     bundle: Bundle,
     chosen: Recipe,
@@ -200,8 +193,8 @@ def store(
     record: dict[str, Any] = {
         **(more or {}),
         "version": CALIBRATED_VERSION,
-        "recipe": {k: _plain(v) for k, v in asdict(chosen).items()},
-        "sources": {name: bundle.manifest.files[name].sha256 for name in names},
+        "recipe": chosen.to_json(),
+        "sources": {name: bundle.manifest.files[name].sha256 for name in names} | sources_of_ends(bundle, chosen),
         "data": dict(provenance),
         "statistics": statistics.digest,
         "plan": {name: config_to_json(config) for name, config in plan.items()},
@@ -224,16 +217,40 @@ def store(
     )
 
 
+def store_schedule(bundle: Bundle, chosen: Recipe) -> Calibration:
+    """Keep a recipe whose own graph is the portable one: its precision schedule is all there is to keep.
+
+    Raises:
+        InvalidInput: another process is writing to the bundle.
+        RunFailed: the disk is full.
+    """
+    entry = bundle.manifest.graphs[STEP]
+    names = [name for name in (entry.file, entry.weights) if name is not None]
+    record = {
+        "version": CALIBRATED_VERSION,
+        "recipe": chosen.to_json(),
+        "sources": {name: bundle.manifest.files[name].sha256 for name in names} | sources_of_ends(bundle, chosen),
+    }
+    folder, portable = calibrated_folder(chosen.name), _portable_bytes(bundle)
+    with bundle.edit() as edit:
+        for old in bundle.names(f"{folder}/"):
+            edit.remove(old)
+        edit.add_json(f"{folder}/{RECORD}", record)
+    return Calibration(
+        recipe=chosen,
+        plan={},
+        layers=len(layers(step_graph(bundle), sample=bundle.manifest.model.sample.name)),
+        weight_bytes=portable,
+        portable_bytes=portable,
+        files={name: bundle.manifest.files[name].sha256 for name in bundle.names(f"{folder}/")},
+        digest="",
+    )
+
+
 def _portable_bytes(bundle: Bundle) -> int:
     from lehr.engines.graph.weights import weight_bytes
 
     return weight_bytes(step_graph(bundle))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def _told(on_step: OnStep | None, what: str) -> Callable[[int, int], None] | None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ import onnx_ir as ir
 from lehr.calibration.budget import Budget, Losses
 from lehr.calibration.execute import OrtGraph, Session, Written, hoisted_sessions
 from lehr.calibration.tracks import SCORED, Track, record, score_error
+from lehr.engines.feature_network import ImageNetwork
 from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, synthetic_conditions
+from lehr.runtime.distribution import frechet_distance
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.hoisted import STEP, HoistedNetwork, Residency
-from lehr.runtime.parity import compare
+from lehr.runtime.parity import WORST, compare
 from lehr.runtime.pipeline import OnStep, Pipeline, Request
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.stored_tables import StoredTables
@@ -102,6 +104,7 @@ class HeldOut:
         settings: how samples are drawn.
         cache: a folder for results, made when the first is kept; None keeps them for the life of this object only.
         reference: what stands for float32; by default the bundle's portable step graph on ONNX Runtime.
+        features: network in whose features sets of samples are compared; None to measure no such distance.
 
     Raises:
         BundleError: structure only, or damaged files.
@@ -114,14 +117,16 @@ class HeldOut:
         *,
         cache: Path | None = None,
         reference: Session | None = None,
+        features: ImageNetwork | None = None,
     ) -> None:
+        self._features = features
         self.bundle, self.settings, self._cache = bundle, settings or Settings(), cache
         self.spec = bundle.manifest.model
         self._current: Session = reference or OrtGraph.of_bundle(bundle, threads=self.settings.threads)
         self.reference = self._current
         self._hoisted = self._network()
-        run = self._current_run if self._hoisted is None else self._hoisted
-        self._pipeline = Pipeline(Denoiser(self.spec, run, hoisted=self._hoisted), tables=StoredTables(bundle))
+        self.timestep = float("nan")  # of the evaluation at hand
+        self._pipeline = Pipeline(Denoiser(self.spec, self._run, hoisted=self._hoisted), tables=StoredTables(bundle))
         self.output = bundle.manifest.graphs[STEP].signature.outputs[0].name
         self._drawn: dict[int, Array] = {}
         self._track: Track | None = None
@@ -163,15 +168,28 @@ class HeldOut:
             graph if not isinstance(graph, ir.Model) else OrtGraph(written or graph, threads=self.settings.threads)
         )
         losses = Losses(score_error=score_error(self, self.track, session) if scored else None)
+        drawn: list[Array] = []
         for numbers in self._batches():
-            losses = losses.extended(self._losses(session, numbers))
+            more, final = self._losses(session, numbers)
+            losses = losses.extended(more)
+            drawn.append(final)
             if on_batch is not None:
                 on_batch(losses.samples, self.settings.num)
             if budget is not None and budget.decided(losses):
                 break
+        if self._features is not None and losses.samples == self.settings.num:
+            losses = replace(losses, fid=self._distance(self._features, np.concatenate(drawn)))
         if key is not None:
             self._keep(key, losses)
         return losses
+
+    def _distance(self, features: ImageNetwork, final: Array) -> float:
+        """Fréchet distance of all samples to the reference's; the largest one where some are not finite."""
+        if not np.isfinite(final).all():
+            return WORST
+        expected = np.stack([self._drawn[number] for number in range(len(final))])
+        first, second = (features(samples, self.spec.value_range).vectors for samples in (final, expected))
+        return max(0.0, frechet_distance(first, second))
 
     @property
     def track(self) -> Track:
@@ -187,7 +205,7 @@ class HeldOut:
 
     # ------------------------------------------------------------------------------------------------ drawing
 
-    def _losses(self, session: Session, numbers: Sequence[int]) -> Losses:
+    def _losses(self, session: Session, numbers: Sequence[int]) -> tuple[Losses, Array]:
         missing = [number for number in numbers if number not in self._drawn]
         if missing:
             self._drawn.update(zip(missing, self.draw(self.reference, missing), strict=True))
@@ -200,12 +218,13 @@ class HeldOut:
             final = np.full_like(reference, np.nan)
         pairs = zip(reference, final, strict=True)
         parities = [compare(ref[None], got[None], self.spec.value_range) for ref, got in pairs]
-        return Losses(
+        losses = Losses(
             psnr_db=tuple(p.psnr_db for p in parities),
             snr_db=tuple(p.snr_db for p in parities),
             ssim=tuple(p.ssim for p in parities),
             cosine=tuple(p.cosine for p in parities),
         )
+        return losses, final
 
     def draw(self, session: Session, numbers: Sequence[int], on_step: OnStep | None = None) -> Array:
         """(N, C, H, W) final samples ``numbers`` of a step graph."""
@@ -250,6 +269,11 @@ class HeldOut:
         load = hoisted_sessions(self.bundle, self._current_run, threads=self.settings.threads)
         return HoistedNetwork(self.spec, signatures, load, residency=Residency.ALL)
 
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What the denoiser calls, with all of its inputs."""
+        self.timestep = float(feeds[self.spec.timestep.name][0])
+        return self._current_run(feeds) if self._hoisted is None else self._hoisted(feeds)
+
     def _current_run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         outputs = self._current.run(feeds)
         self._finite = self._finite and all(np.isfinite(value).all() for value in outputs.values())
@@ -271,7 +295,7 @@ class HeldOut:
             ],
             "sampler": self.table.sampler,
             "settings": [settings.num, settings.steps, settings.seed, settings.fold.value, settings.batch],
-        }
+        } | ({} if self._features is None else {"features": self._features.sha256})
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(graph.digest())
         return digest.hexdigest()

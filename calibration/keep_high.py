@@ -95,13 +95,13 @@ class Finding:
     timestep: float
 
 
-def findings(model: ir.Model, ranges: Ranges, sample: str) -> list[Finding]:
+def findings(model: ir.Model, ranges: Ranges, sample: str | None) -> list[Finding]:
     """Hold the measured ranges against fp16, bf16 and fp8.
 
     Args:
         model: the portable graph that was measured.
         ranges: what was measured.
-        sample: name of the input that is the sample.
+        sample: name of the input that is the sample; None for a graph that runs once, whose inputs are all alike.
 
     Raises:
         BundleError: the ranges are of another graph.
@@ -118,12 +118,25 @@ def keep_high(model: ir.Model, found: Iterable[Finding], sample: str, short: Sho
         sample: name of the input that is the sample.
         short: the format.
     """
-    nodes = {node.name or "": node for node in model.graph}
     moving = dependents(model, sample)
-    residual = {node for node, _ in _sums(model, moving)}
     fed = dependents(model, None)  # what depends on no input at all is a weight seen from another side
     kept = {node for node in model.graph if _computes(node) and fed.intersection(node.outputs) - moving}
     kept |= writers(model)
+    return frozenset(node.name or "" for node in kept) | too_short(model, found, sample, short)
+
+
+def too_short(model: ir.Model, found: Iterable[Finding], sample: str | None, short: Short) -> frozenset[str]:
+    """Names of the nodes that ``short`` does not fit by what was measured, wherever they stand.
+
+    Args:
+        model: the portable graph that was measured.
+        found: what :func:`findings` found in it.
+        sample: as there.
+        short: the format.
+    """
+    nodes = {node.name or "": node for node in model.graph}
+    residual = {node for node, _ in _sums(model, dependents(model, sample))}
+    kept: set[ir.Node] = set()
     for finding in found:
         if finding.format == short.value:
             node = nodes[finding.node]
@@ -140,7 +153,7 @@ def recommended(found: Iterable[Finding], formats: Sequence[str] = ("fp16", "bf1
 
 
 class _Judge:
-    def __init__(self, model: ir.Model, ranges: Ranges, sample: str) -> None:
+    def __init__(self, model: ir.Model, ranges: Ranges, sample: str | None) -> None:
         self.model, self.ranges = model, ranges
         self.row = {probe.tensor: k for k, probe in enumerate(ranges.probes)}
         self.moving = dependents(model, sample)

@@ -35,6 +35,7 @@ class Role(str, Enum):
     FIRST = "first"  # no other layer stands between it and the sample
     LAST = "last"  # writes the prediction: nothing damps its errors
     CONDITIONING = "conditioning"  # does not depend on the sample, so it errs alike at every step
+    SHORTCUT = "shortcut"  # carries a residual stream past other layers, so what it loses the stream has lost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,8 @@ def layers(model: ir.Model, sizes: Mapping[str, int] | None = None, *, sample: s
             roles.add(Role.FIRST)
         if node in last:
             roles.add(Role.LAST)
+        if weight is not None and _is_shortcut(node):
+            roles.add(Role.SHORTCUT)
         count = {Kind.ATTENTION: 3, Kind.PRODUCT: 2}.get(kind, 1)
         found.append(
             Layer(
@@ -175,6 +178,37 @@ def _behind_products(model: ir.Model) -> set[ir.Node]:
         elif kind_of(node) is not None:
             late.update(node.outputs)
     return found
+
+
+def _is_shortcut(node: ir.Node) -> bool:
+    """Whether a layer's result is added to what other layers make of the same input."""
+    value, source = node.outputs[0], node.inputs[0]
+    total, other = _sum_of(value)
+    if total is not None and other is not None and other.is_initializer():  # its own bias comes first
+        value = total.outputs[0]
+        total, other = _sum_of(value)
+    if total is None or other is None or source is None:
+        return False
+    waiting = [(reader, False) for reader, _ in source.uses() if reader is not node]
+    seen: set[tuple[ir.Node, bool]] = set()
+    while waiting:
+        current, passed = waiting.pop()
+        if (current, passed) in seen or current is total:
+            continue
+        seen.add((current, passed))
+        passed = passed or kind_of(current) is not None
+        if passed and other in current.outputs:
+            return True
+        waiting += [(reader, passed) for made in current.outputs for reader, _ in made.uses()]
+    return False
+
+
+def _sum_of(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
+    """The sum that a value goes into and nothing else does, and its other operand."""
+    readers = [reader for reader, _ in value.uses() if reader.op_type != "Shape"]
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None, None
+    return readers[0], next((operand for operand in readers[0].inputs if operand is not value), None)
 
 
 def _static(value: ir.Value) -> tuple[int, ...]:

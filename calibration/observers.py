@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from lehr.calibration.collected import Trajectories
 from lehr.calibration.columns import columns
 from lehr.calibration.configs import Range
 from lehr.calibration.histogram import BINS, count_by_channel, range_of
 from lehr.calibration.layers import Kind, Layer, layers
 from lehr.calibration.ranges import buckets
-from lehr.calibration.trajectories import Trajectories, portable_denoiser, portable_session
+from lehr.calibration.trajectories import portable_denoiser, portable_session
 from lehr.engines.graph.cost import nbytes
 from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
 from lehr.runtime.bundle import Bundle

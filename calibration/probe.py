@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import onnx_ir as ir
 
@@ -10,6 +11,13 @@ from lehr.engines.graph.passes.decompose_attention import decompose_attention
 
 PEAK, RMS = "lehr.peak", "lehr.rms"
 _FLOAT = ir.DataType.FLOAT
+
+
+class Measured(Enum):
+    """Which tensors are measured."""
+
+    ALL = "all"
+    MOVING = "moving"  # those that depend on an input: not what is made of weights alone, which may be large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +40,7 @@ class Probe:
         return self.node.rpartition("/")[0] or self.node or self.tensor
 
 
-def instrument(model: ir.Model) -> tuple[ir.Model, list[Probe]]:
+def instrument(model: ir.Model, measured: Measured = Measured.ALL) -> tuple[ir.Model, list[Probe]]:
     """Append to ``model`` the largest magnitude and the root mean square of every float32 tensor.
 
     ``Attention`` is taken apart first: its logits are what overflows in half precision, and no engine shows them.
@@ -42,6 +50,7 @@ def instrument(model: ir.Model) -> tuple[ir.Model, list[Probe]]:
 
     Args:
         model: changed in place; its outputs are followed by :data:`PEAK` and :data:`RMS`.
+        measured: of its tensors.
 
     Returns:
         The model, and what each element of the two vectors belongs to.
@@ -51,6 +60,12 @@ def instrument(model: ir.Model) -> tuple[ir.Model, list[Probe]]:
     graph = model.graph
     values: list[tuple[ir.Node | None, ir.Value]] = [(None, value) for value in graph.inputs if value.dtype == _FLOAT]
     values += [(node, out) for node in graph for out in node.outputs if out.dtype == _FLOAT and out.name]
+    if measured is Measured.MOVING:
+        moving = set(graph.inputs)
+        for reader in graph:
+            if not moving.isdisjoint(reader.inputs):
+                moving.update(reader.outputs)
+        values = [(made, value) for made, value in values if value in moving]
     first = graph[0]
     probes, peaks, roots = [], [], []
     target = ir.Value(

@@ -52,15 +52,24 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A plan that was measured. ``name`` says how it was found."""
+    """A plan that was measured. ``name`` says how it was found.
+
+    Attributes:
+        cost: of an evaluation, on average over a loop.
+        end: of a loop whose steps are not quantised, :data:`.FIRST` or :data:`.LAST`; None where all are alike.
+        steps: how many these are.
+    """
 
     name: str
     plan: Plan
     cost: float
     losses: Losses
+    end: str | None = None
+    steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "cost": self.cost, "plan": dict(self.plan), **self.losses.summary()}
+        schedule = {} if self.end is None else {"schedule": {self.end: self.steps}}
+        return {"name": self.name, "cost": self.cost, "plan": dict(self.plan), **schedule, **self.losses.summary()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

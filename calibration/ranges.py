@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from lehr.calibration.collected import BATCH
 from lehr.calibration.probe import PEAK, RMS, Probe, instrument
-from lehr.calibration.trajectories import BATCH, calibration_request, portable_denoiser, portable_session
+from lehr.calibration.trajectories import calibration_request, portable_denoiser, portable_session
 from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, RunFailed
@@ -80,7 +81,7 @@ def measure(
     graph = bundle.path(entry.file)
     bundle.path(entry.weights)
     model, probes = instrument(ir.load(graph))
-    weights = _weight_peaks(model)
+    weights = weight_peaks(model)
     observed = _Observed(ir.to_proto(model).SerializeToString(), graph.parent, threads)
 
     denoiser = portable_denoiser(bundle, lambda: observed, threads=threads)
@@ -130,7 +131,8 @@ def buckets(timesteps: Array) -> dict[float, int]:
     return {different[i]: k for k, part in enumerate(parts) for i in part.tolist()}
 
 
-def _weight_peaks(model: ir.Model) -> dict[str, float]:
+def weight_peaks(model: ir.Model) -> dict[str, float]:
+    """Weight -> its largest magnitude; one is in memory at a time."""
     found = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

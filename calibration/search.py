@@ -249,7 +249,7 @@ class _Search:
     def _nothing(self) -> Point:
         """The plan that quantises nothing and loses nothing."""
         perfect = (999.0,)
-        same = Losses(psnr_db=perfect, snr_db=perfect, ssim=(1.0,), cosine=(1.0,), score_error=0.0)
+        same = Losses(psnr_db=perfect, snr_db=perfect, ssim=(1.0,), cosine=(1.0,), score_error=0.0, fid=0.0)
         plan = dict.fromkeys(self.problem.able, KEEP)
         return Point(name="nothing", plan=plan, cost=self.problem.costs.of(plan), losses=same)
 

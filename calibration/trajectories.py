@@ -1,20 +1,19 @@
-"""Calibration data: what the denoiser is fed along its own loops, or what a user recorded.
+"""Calibration data from the model itself: what the denoiser is fed along its own loops.
 
 A quantised network errs by its own inputs, so those are recorded where they arise: the portable float32 graphs draw
 samples with the model's sampler, guidance included, and every evaluation's inputs are written down. They are those of
 the whole denoiser (sample, timestep, conditions); the graphs that run once a loop make the rest of them again.
 
-One batch of samples is one file, written whole or not at all. A collection that was interrupted goes on with the batch
-that is missing, and one that was made before of the same model with the same settings is used as it is.
+One batch of samples is one file (:mod:`lehr.calibration.collected`). A collection that was interrupted goes on with the
+batch that is missing, and one that was made before of the same model with the same settings is used as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from lehr.calibration.collected import (
+    BATCH,
+    VERSION,
+    Evaluation,
+    Trajectories,
+    cache_folder,
+    content,
+    is_whole,
+    write_part,
+)
 from lehr.runtime import golden
-from lehr.runtime.arrays import read_arrays, write_arrays
 from lehr.runtime.backends.base import Session
 from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
 from lehr.runtime.bundle import Bundle
@@ -32,6 +40,7 @@ from lehr.runtime.errors import BundleError, InvalidInput, RunFailed
 from lehr.runtime.files import storage_errors
 from lehr.runtime.hoisted import PROMPT, SCHEDULE, STEP, Residency, hoisted_denoiser
 from lehr.runtime.pipeline import Pipeline, Request
+from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.spec import ModelSpec
 from lehr.runtime.stored_tables import StoredTables
 
@@ -39,61 +48,8 @@ Array = npt.NDArray[Any]
 OnStep = Callable[[int, int], None]
 LoadStep = Callable[[], Session]
 
-VERSION = 1  # of the files and of what is collected
-BATCH = 4  # samples at once, as many again under guidance
 SAMPLES = 32  # of a collection by default
-LEAST_RECORDED = 16  # rows of recorded inputs; fewer tell more about themselves than about the model
 CALIBRATION_SEEDS = 1 << 32  # calibration draws with this seed and the ones after it; what is held out lies below
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """One evaluation's inputs.
-
-    Attributes:
-        index: number of the evaluation in its loop; of recorded inputs that of their timestep, in falling order.
-        sample: (B, C, …) float32.
-        timestep: of all of them.
-        conditions: name -> (B, …), or what all samples share.
-    """
-
-    index: int
-    sample: Array
-    timestep: float
-    conditions: Mapping[str, Array]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectories:
-    """Calibration data on disk.
-
-    Attributes:
-        parts: files, read one at a time.
-        timesteps: (N,) float64, of the evaluations by their index.
-        gains: (N,) float64, how an error of each evaluation enters the final sample
-            (:meth:`lehr.runtime.solver_table.SolverTable.gains`); ones for recorded inputs.
-        samples: how many rows of each evaluation there are; of recorded inputs, how many rows in all.
-        source: "loops" or "recorded".
-        conditions: as of :class:`lehr.calibration.ranges.Ranges`, or "recorded".
-        digest: SHA-256 of what determines the data: model, sampler, seeds; of recorded inputs their content.
-    """
-
-    parts: tuple[Path, ...]
-    timesteps: Array
-    gains: Array
-    samples: int
-    source: str
-    conditions: str
-    digest: str
-
-    def evaluations(self) -> Iterator[Evaluation]:
-        """Every evaluation; one part is in memory at a time.
-
-        Raises:
-            BundleError: a part is damaged.
-        """
-        for part in self.parts:
-            yield from _read_part(part)
 
 
 # ---------------------------------------------------------------------------------------------------- the loops
@@ -166,12 +122,6 @@ def portable_denoiser(bundle: Bundle, load_step: LoadStep | None = None, *, thre
 # ------------------------------------------------------------------------------------------------- collecting
 
 
-def cache_folder() -> Path:
-    """Where calibration data is kept between runs unless told otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "lehr" / "trajectories"
-
-
 def collect(
     bundle: Bundle,
     *,
@@ -204,7 +154,7 @@ def collect(
         raise InvalidInput(f"the number of calibration samples must be at least 1, got {num}.")
     spec = bundle.manifest.model
     request, source = calibration_request(bundle, steps=steps, num=num, seed=CALIBRATION_SEEDS + seed)
-    table = Pipeline(Denoiser(spec, _nothing), tables=StoredTables(bundle)).table(request)
+    table = own_table(bundle, request)
     digest = _digest(bundle, num, seed, table.to_bytes(), request)
     place = (folder or cache_folder()) / digest[:32]
     with storage_errors(f"making {place}"):
@@ -214,12 +164,12 @@ def collect(
     for number, first in enumerate(range(0, num, BATCH)):
         part = place / f"part-{number:05d}.npz"
         parts.append(part)
-        if not _is_whole(part):
+        if not is_whole(part):
             if recorder is None:
                 recorder = _Recorder(bundle, threads)
             rows = slice(first, min(first + BATCH, num))
             recorder.draw(_part_of(request, spec, rows), done, total, on_step)
-            _write_part(part, recorder.taken())
+            write_part(part, recorder.taken())
         done += len(table)
         if on_step is not None:
             on_step(done, total)
@@ -232,6 +182,12 @@ def collect(
         conditions=source,
         digest=digest,
     )
+
+
+def own_table(bundle: Bundle, request: Request | None = None) -> SolverTable:
+    """The solver table of a request; without one, that of the model's own sampler and number of steps."""
+    spec = bundle.manifest.model
+    return Pipeline(Denoiser(spec, _nothing), tables=StoredTables(bundle)).table(request or Request())
 
 
 class _Recorder:
@@ -321,178 +277,8 @@ def _digest(bundle: Bundle, num: int, seed: int, table: bytes, request: Request)
         "samples": num,
         "seed": seed,
         "guidance_scale": request.guidance_scale or bundle.manifest.model.sampling.guidance_scale,
-        "conditions": {name: _content(value) for name, value in sorted(request.conditions.items())},
+        "conditions": {name: content(value) for name, value in sorted(request.conditions.items())},
         "onnxruntime": str(ort.__version__),
         "batch": BATCH,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _content(array: Array) -> str:
-    return hashlib.sha256(
-        f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
-    ).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- recorded inputs
-
-
-def recorded(bundle: Bundle, path: Path, *, folder: Path | None = None) -> Trajectories:
-    """Calibration data from inputs that a user recorded.
-
-    Args:
-        bundle: of the model that they were fed to.
-        path: an ``.npz`` file, or a folder of them, with an array for every input of the denoiser by its name: the
-            sample (N, C, …), the timestep (N,), conditions (N, …).
-        folder: where the data is kept in parts; by default :func:`cache_folder`.
-
-    Raises:
-        InvalidInput: no such file, an input that is missing or unknown, another shape, values that are not finite, or
-            too few rows; the message names file, array and row.
-    """
-    spec, files = bundle.manifest.model, _files_of(path)
-    names = {spec.sample.name, spec.timestep.name, *(tensor.name for tensor in spec.conditions)}
-    digest = hashlib.sha256(f"recorded {VERSION}".encode())
-    rows: dict[float, list[tuple[Path, int]]] = {}
-    loaded: dict[Path, dict[str, Array]] = {}
-    for file in files:
-        arrays = _checked(spec, file, names)
-        loaded[file] = arrays
-        for name in sorted(arrays):
-            digest.update(_content(arrays[name]).encode())
-        for k, t in enumerate(arrays[spec.timestep.name].tolist()):
-            rows.setdefault(float(t), []).append((file, k))
-    count = sum(len(found) for found in rows.values())
-    if count < LEAST_RECORDED:
-        raise InvalidInput(
-            f"{path} holds {count} recorded inputs; calibration needs at least {LEAST_RECORDED}, better some hundred "
-            "over all timesteps. Record more, or leave --data out to draw them."
-        )
-    place = (folder or cache_folder()) / digest.hexdigest()[:32]
-    with storage_errors(f"making {place}"):
-        place.mkdir(parents=True, exist_ok=True)
-    timesteps = sorted(rows, reverse=True)
-    parts: list[Path] = []
-    for index, t in enumerate(timesteps):
-        for first in range(0, len(rows[t]), 2 * BATCH):
-            part = place / f"part-{len(parts):05d}.npz"
-            parts.append(part)
-            _write_part(part, [_gathered(spec, loaded, rows[t][first : first + 2 * BATCH], index, t)])
-    return Trajectories(
-        parts=tuple(parts),
-        timesteps=np.array(timesteps, np.float64),
-        gains=np.ones(len(timesteps)),
-        samples=count,
-        source="recorded",
-        conditions="recorded",
-        digest=digest.hexdigest(),
-    )
-
-
-def _files_of(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(path.glob("*.npz"))
-        if not files:
-            raise InvalidInput(f"{path} holds no .npz file. Expected recorded inputs of the denoiser, a file or more.")
-        return files
-    if not path.is_file():
-        raise InvalidInput(f"no such file: {path}. Expected an .npz of recorded inputs, or a folder of them.")
-    return [path]
-
-
-def _checked(spec: ModelSpec, file: Path, names: set[str]) -> dict[str, Array]:
-    try:
-        arrays = read_arrays(file)
-    except BundleError as e:
-        raise InvalidInput(f"{file} cannot be read: {e}") from e
-    if set(arrays) != names:
-        missing, unknown = sorted(names - set(arrays)), sorted(set(arrays) - names)
-        what = "; ".join(
-            f"{word} {', '.join(found)}" for word, found in (("lacks", missing), ("has the unknown", unknown)) if found
-        )
-        raise InvalidInput(
-            f"{file} {what}. Expected an array for each input of {spec.name}: {', '.join(sorted(names))}."
-        )
-    for name, array in arrays.items():
-        bad = np.argwhere(~np.isfinite(array)) if array.dtype.kind == "f" else np.empty((0, 1))
-        if len(bad):
-            raise InvalidInput(
-                f"{file}: {name!r} is {array[tuple(bad[0])]} in row {bad[0][0]}, expected finite numbers. "
-                "Record the inputs again, or leave that row out."
-            )
-        dtype = next(tensor.dtype.numpy for tensor in spec.inputs if tensor.name == name)
-        if not np.can_cast(array.dtype, dtype, casting="same_kind"):
-            raise InvalidInput(f"{file}: {name!r} holds {array.dtype}, expected {dtype}. Convert it before saving.")
-        arrays[name] = array.astype(dtype)
-    spec.check_feeds(arrays)
-    return arrays
-
-
-def _gathered(
-    spec: ModelSpec, loaded: Mapping[Path, Mapping[str, Array]], rows: Sequence[tuple[Path, int]], index: int, t: float
-) -> Evaluation:
-    """Rows of several files as one evaluation; what all samples of a file share is taken from the first."""
-    shared = {tensor.name for tensor in spec.conditions if tensor.shape[:1] != ("batch",)}
-
-    def gather(name: str) -> Array:
-        first = loaded[rows[0][0]][name]
-        return first if name in shared else np.stack([loaded[file][name][k] for file, k in rows])
-
-    conditions = {tensor.name: gather(tensor.name) for tensor in spec.conditions}
-    return Evaluation(index=index, sample=gather(spec.sample.name), timestep=t, conditions=conditions)
-
-
-# ------------------------------------------------------------------------------------------------------- the parts
-
-
-def _write_part(part: Path, evaluations: Sequence[Evaluation]) -> None:
-    """One file, renamed when it is whole; conditions that several evaluations share are written once."""
-    arrays: dict[str, Array] = {}
-    sets: list[str] = []
-    of = []
-    for k, evaluation in enumerate(evaluations):
-        arrays[f"sample.{k:05d}"] = evaluation.sample
-        key = json.dumps({name: _content(value) for name, value in evaluation.conditions.items()}, sort_keys=True)
-        if key not in sets:
-            sets.append(key)
-            arrays |= {f"condition.{len(sets) - 1:05d}.{n}": v for n, v in evaluation.conditions.items()}
-        of.append(sets.index(key))
-    arrays["conditions"] = np.array(of, np.int64)
-    arrays["index"] = np.array([evaluation.index for evaluation in evaluations], np.int64)
-    arrays["timestep"] = np.array([evaluation.timestep for evaluation in evaluations], np.float64)
-    partial = part.with_name(f".{part.name}.{os.getpid()}.partial")
-    try:
-        with storage_errors(f"writing {part}"):
-            write_arrays(partial, arrays)
-            partial.replace(part)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _is_whole(part: Path) -> bool:
-    """Whether a part is there and can be read."""
-    try:
-        return part.is_file() and len(_read_part(part)) > 0
-    except BundleError:
-        return False
-
-
-def _read_part(part: Path) -> list[Evaluation]:
-    try:
-        arrays = read_arrays(part)
-        return [
-            Evaluation(
-                index=int(arrays["index"][k]),
-                sample=arrays[f"sample.{k:05d}"],
-                timestep=float(arrays["timestep"][k]),
-                conditions=_prefixed(arrays, f"condition.{int(arrays['conditions'][k]):05d}."),
-            )
-            for k in range(len(arrays["index"]))
-        ]
-    except (KeyError, IndexError, FileNotFoundError) as e:
-        raise BundleError(f"calibration data {part} is missing or damaged ({e}). Delete it and calibrate again.") from e
-
-
-def _prefixed(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ from lehr.runtime import host
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
+from lehr.runtime.precision_schedule import graph_of
 from lehr.runtime.recipe import Format, Recipe
 from lehr.runtime.whole_loop import LOOP
 
@@ -69,7 +70,7 @@ def build(
     options = {
         "intra_op_threads": threads,
         "spinning": False,
-        "prepacking": name in (STEP, LOOP),
+        "prepacking": graph_of(name) in (STEP, LOOP),
         "provider": CUDA,
         "provider_options": {"use_tf32": "0"},  # what a recipe keeps in fp32 is meant to have its digits
     }

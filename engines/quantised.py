@@ -15,7 +15,7 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.calibrated import GRAPH, RECORD, WEIGHTS, calibrated_folder, check_current, read_calibrated
 from lehr.runtime.engine import STEP
 from lehr.runtime.errors import BuildFailed, InvalidInput, MissingExtra
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format, Recipe, Scope
 
 # Operators of ONNX Runtime that multiply integers; OpenVINO's are marked where they are counted.
 _INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"})
@@ -29,11 +29,13 @@ def calibrated_files(bundle: Bundle, recipe: Recipe, lowered: Collection[Format]
     Raises:
         InvalidInput: the bundle is not calibrated for the recipe, or for other weights; with the command that does.
     """
-    if not recipe.calibrated:
-        return {AUDIT} if recipe.arithmetic in lowered else set()
-    check_current(bundle, read_calibrated(bundle, recipe.name))
-    folder = calibrated_folder(recipe.name)
-    return {f"{folder}/{name}" for name in (GRAPH, WEIGHTS, RECORD)} | ({AUDIT} if recipe.rest in lowered else set())
+    files = set[str]().union(*(calibrated_files(bundle, part, lowered) for part in recipe.parts.values()))
+    if recipe.calibrated or recipe.schedule:
+        check_current(bundle, read_calibrated(bundle, recipe.name))
+        kept = (GRAPH, WEIGHTS, RECORD) if recipe.calibrated else (RECORD,)
+        files |= {f"{calibrated_folder(recipe.name)}/{name}" for name in kept}
+    halved = recipe.rest if recipe.calibrated else recipe.arithmetic
+    return files | ({AUDIT} if halved in lowered and recipe.scope is Scope.GRAPH else set())
 
 
 def lower_calibrated(

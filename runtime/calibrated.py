@@ -11,7 +11,7 @@ from typing import Any
 
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, InvalidInput, UnknownName
-from lehr.runtime.recipe import RECIPES, Format, Recipe
+from lehr.runtime.recipe import RECIPES, Recipe
 
 CALIBRATED_VERSION = 1
 GRAPH, WEIGHTS, RECORD = "step.onnx", "weights.safetensors", "recipe.json"
@@ -59,16 +59,9 @@ def read_calibrated(bundle: Bundle, name: str) -> Calibrated:
         if data["version"] != CALIBRATED_VERSION:
             found = f"version {data['version']}, expected {CALIBRATED_VERSION}"
             raise BundleError(f"the calibration of recipe {name!r} has {found}. {again}")
-        fields = dict(data["recipe"])
-        recipe = Recipe(
-            **{
-                **fields,
-                **{key: Format(fields[key]) for key in ("weights", "arithmetic", "rest")},
-                "others": tuple(Format(form) for form in fields["others"]),
-            }
-        )
+        recipe = Recipe.from_json(data["recipe"])
         sources = {str(key): str(value) for key, value in data["sources"].items()}
-        if recipe.name != name or not recipe.calibrated:
+        if recipe.name != name or not (recipe.calibrated or recipe.schedule):
             raise ValueError(f"its recipe is {recipe.name!r}")
     except (KeyError, TypeError, ValueError, AttributeError, InvalidInput) as e:
         raise BundleError(f"the calibration of recipe {name!r} in {bundle.root.name} is damaged ({e}). {again}") from e

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 from lehr.runtime.errors import InvalidInput, UnknownName
+from lehr.runtime.precision_schedule import FIRST, LAST, Ends
 
 
 class Format(str, Enum):
@@ -20,6 +23,13 @@ class Format(str, Enum):
     NVFP4 = "nvfp4"  # E2M1 in blocks of 16 whose scales are fp8
 
 
+class Scope(str, Enum):
+    """What of a step graph computes in a recipe's arithmetic, where nothing is quantised."""
+
+    GRAPH = "graph"  # everything that an engine library and the range audit let
+    MATRICES = "matrices"  # matrix products between the first and the last layer; the rest as ``rest`` says
+
+
 MIXED = "mixed"  # the name under which lehr calibrate --budget keeps what it found
 QUANTISED = frozenset({Format.INT8, Format.INT4, Format.FP8, Format.NVFP4})  # need scales, which calibration finds
 
@@ -31,12 +41,14 @@ class Recipe:
     Attributes:
         weights: how they are stored.
         arithmetic: of the step graph's products; the graphs that run once a loop compute in fp32 whatever the recipe.
-        rest: where products are quantised, the arithmetic of everything else in the step graph.
+        rest: where products are quantised, or only some of them are meant, the arithmetic of everything else.
+        scope: what computes in ``arithmetic`` where nothing is quantised.
         others: further formats of single layers, of a recipe that mixes them.
         psnr_db, rel_error: the loss that a quantised recipe is allowed, of the worst final sample of a recorded loop
             and of the score of one evaluation; None where eager PyTorch's own error in the format decides. The worst
             of ten samples lies 10 to 20 dB below the mean, since one of them may become another picture; the figures
             leave 5 to 10 dB beside the worse of the two reference models.
+        schedule: other recipes for the first or last steps of a loop; None where one recipe computes all of it.
     """
 
     name: str
@@ -45,9 +57,11 @@ class Recipe:
     arithmetic: Format
     summary: str
     rest: Format = Format.FP32
+    scope: Scope = Scope.GRAPH
     others: tuple[Format, ...] = ()
     psnr_db: float | None = None
     rel_error: float | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.rest in QUANTISED:
@@ -64,13 +78,84 @@ class Recipe:
 
     @property
     def computes(self) -> frozenset[Format]:
-        """What the step graph computes in: its products, and the rest."""
-        return frozenset({self.arithmetic, self.rest} if self.calibrated else {self.arithmetic})
+        """What the step graph computes in: its products, and the rest; at every step of a loop."""
+        two = self.calibrated or self.scope is Scope.MATRICES
+        own = frozenset({self.arithmetic, self.rest} if two else {self.arithmetic})
+        return own.union(*(part.computes for part in self.parts.values()))
 
     @property
     def formats(self) -> frozenset[Format]:
         """Every format that an engine library must know; weights that are stored in fp32 need none."""
-        return self.computes | {self.weights, *self.others} - {Format.FP32}
+        own = self.computes | {self.weights, *self.others} - {Format.FP32}
+        return own.union(*(part.formats for part in self.parts.values()))
+
+    @property
+    def parts(self) -> dict[str, Recipe]:
+        """Recipes of the ends of a loop, by :data:`.FIRST` and :data:`.LAST`."""
+        return {} if self.schedule is None else {**self.schedule.recipes}
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`from_json` reads."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "schedule"}
+        plain = {key: value.value if isinstance(value, Enum) else value for key, value in plain.items()}
+        plain["others"] = [form.value for form in self.others]
+        return plain if self.schedule is None else {**plain, "schedule": self.schedule.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """Read what :meth:`to_json` wrote; raises KeyError, TypeError, ValueError or InvalidInput for anything else."""
+        given = dict(data)
+        given |= {key: Format(given[key]) for key in ("weights", "arithmetic", "rest")}
+        given["scope"] = Scope(given.get("scope", Scope.GRAPH))
+        given["others"] = tuple(Format(form) for form in given["others"])
+        if given.get("schedule") is not None:
+            given["schedule"] = Schedule.from_json(given["schedule"])
+        return cls(**given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Other recipes for the ends of a loop: its precision schedule.
+
+    Attributes:
+        ends: how many steps they are, and which evaluations belong to them.
+        first, last: their recipes; None for an end that does not stand apart.
+    """
+
+    ends: Ends
+    first: Recipe | None = None
+    last: Recipe | None = None
+
+    @property
+    def recipes(self) -> Mapping[str, Recipe]:
+        """Of the ends that there are, by :data:`.FIRST` and :data:`.LAST`."""
+        both = {FIRST: self.first, LAST: self.last}
+        return {name: recipe for name, recipe in both.items() if recipe is not None}
+
+    def __post_init__(self) -> None:
+        if set(self.recipes) != set(self.ends.names):
+            raise InvalidInput(
+                f"a precision schedule has recipes for {sorted(self.recipes)} and steps for {sorted(self.ends.names)}."
+            )
+        for name, recipe in self.recipes.items():
+            if recipe.schedule is not None:
+                raise InvalidInput(
+                    f"the {name} steps cannot take recipe {recipe.name!r}: it has a precision schedule of its own. "
+                    "Name one without."
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ends": self.ends.to_json(), "recipes": {name: r.to_json() for name, r in self.recipes.items()}}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Schedule:
+        """Read what :meth:`to_json` wrote; raises as :meth:`Recipe.from_json` does."""
+        recipes = {str(name): Recipe.from_json(one) for name, one in dict(data["recipes"]).items()}
+        return cls(ends=Ends.from_json(data["ends"]), **recipes)
+
+    def __str__(self) -> str:
+        steps = {FIRST: self.ends.first, LAST: self.ends.last}
+        return ", ".join(f"{name} {steps[name]} steps in {recipe.name}" for name, recipe in self.recipes.items())
 
 
 RECIPES = {
@@ -94,6 +179,14 @@ RECIPES = {
         weights=Format.FP32,
         arithmetic=Format.BF16,
         summary="matrix products and convolutions on bfloat16, whose weights are rounded when the engine is loaded",
+    ),
+    "bf16-matmul": Recipe(
+        name="bf16-matmul",
+        version=1,
+        weights=Format.FP32,
+        arithmetic=Format.BF16,
+        scope=Scope.MATRICES,
+        summary="matrix products on bfloat16 but in the first and last layer; convolutions and all else in fp32",
     ),
     "int8": Recipe(
         name="int8",
@@ -133,12 +226,12 @@ RECIPES = {
     ),
     "fp8": Recipe(
         name="fp8",
-        version=1,
+        version=2,
         weights=Format.FP8,
         arithmetic=Format.FP8,
         psnr_db=14.0,
         rel_error=0.15,
-        summary="E4M3 products, attention included; CPUs emulate it, to measure what it costs",
+        summary="E4M3 products, attention included, shortcuts kept; CPUs emulate it, to measure what it costs",
     ),
     "nvfp4": Recipe(
         name="nvfp4",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lehr.calibration.budget import LEAST, Budget, Losses, Measure, parse_budget
+from lehr.calibration.budget import LEAST, LEAST_FID, Budget, Losses, Measure, parse_budget
+from lehr.calibration.budgeted import Wish
 from lehr.runtime.errors import InvalidInput, UnknownName
 
 
@@ -36,17 +38,38 @@ def test_a_budget_is_read_as_it_is_written(text: str, measure: Measure | None, l
     assert parse_budget(str(parse_budget(text))) == parse_budget(text)
 
 
-@pytest.mark.parametrize("text", ["psnr<=35", "score_error>=0.1", "ssim>=1.5", "score_error<=-1", "35", "psnr>=nan"])
+@pytest.mark.parametrize(
+    "text", ["psnr<=35", "score_error>=0.1", "fid>=2", "fid<=-1", "ssim>=1.5", "score_error<=-1", "35", "psnr>=nan"]
+)
 def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
         parse_budget(text)
 
 
-def test_an_unknown_measure_names_the_known_ones_and_fid_says_why_not() -> None:
+def test_an_unknown_measure_names_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="psnr"):
         parse_budget("psnrr>=3")
-    with pytest.raises(InvalidInput, match="lehr gate"):
-        parse_budget("fid<=5")
+
+
+def test_a_distance_of_distributions_is_known_when_all_samples_are_drawn() -> None:
+    budget = parse_budget("fid<=5")
+    assert budget == Budget(measure=Measure.FID, limit=5.0)
+    assert parse_budget(str(budget)) == budget
+    half = losses([40.0] * (2 * LEAST))
+    assert not budget.decided(half)
+    assert not budget.met(half)  # nothing was measured, so nothing is kept
+    whole = Losses(psnr_db=half.psnr_db, fid=4.9)
+    assert budget.met(whole)
+    assert budget.margin(whole) == pytest.approx(0.1)
+    assert Losses.from_json(whole.to_json()) == whole
+    assert whole.extended(half).fid == 4.9
+
+
+def test_a_budget_on_fid_asks_for_a_network_and_enough_samples(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="--features"):
+        Wish(budget=parse_budget("fid<=5"), num=LEAST_FID)
+    with pytest.raises(InvalidInput, match=f"--held-out {LEAST_FID}"):
+        Wish(budget=parse_budget("fid<=5"), num=64, features=tmp_path / "f.onnx")
 
 
 @given(st.lists(st.floats(-50, 90), min_size=2, max_size=40), st.floats(-40, 80))

@@ -13,9 +13,11 @@ from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import MAX_NUM, MAX_SEED, Fold, HeldOut, Settings
 from lehr.calibration.tracks import record, replay, score_error
 from lehr.calibration.trajectories import CALIBRATION_SEEDS
+from lehr.ci.distribution import Networks, network_file
+from lehr.engines.feature_network import ImageNetwork
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
-from lehr.runtime.parity import compare
+from lehr.runtime.parity import WORST, compare
 from lehr.runtime.pipeline import Pipeline, Request
 
 SMALL = Settings(num=20, steps=3, batch=10, threads=1)
@@ -67,6 +69,26 @@ def test_a_graph_that_is_not_finite_gets_the_worst_of_every_measure(held_out: He
     broken = held_out.measure(scaled(step_graph(held_out.bundle), float("inf")))
     assert set(broken.psnr_db) == {-999.0}
     assert set(broken.cosine) == {-1.0}
+
+
+def test_the_distance_of_distributions_is_zero_for_the_same_samples_and_grows_with_the_error(
+    dit_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(dit_bundle)
+    file = network_file(bundle, Networks())
+    assert file is not None
+    cached = tmp_path / "held-out"
+    held_out = HeldOut(bundle, SMALL, cache=cached, features=ImageNetwork(file))
+    graphs = (step_graph(bundle), *(scaled(step_graph(bundle), f) for f in (1.02, 1.3, float("inf"))))
+    same, little, much, broken = (held_out.measure(graph).fid for graph in graphs)
+    assert same is not None
+    assert little is not None
+    assert much is not None
+    assert same < 1e-6 < little < much < broken == WORST
+    early = held_out.measure(scaled(step_graph(bundle), 1.01), budget=parse_budget("psnr>=95"))
+    assert (early.fid is None) == (early.samples < SMALL.num)  # of all samples, or not at all
+    again = HeldOut(bundle, SMALL, cache=cached, features=ImageNetwork(file))
+    assert again.measure(scaled(step_graph(bundle), 1.02)).fid == little  # remembered
 
 
 def test_a_measurement_stops_as_soon_as_the_budget_is_decided(held_out: HeldOut, dit_bundle: Path) -> None:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lehr.calibration.collected import Trajectories
 from lehr.calibration.columns import columns
 from lehr.calibration.configs import Range
 from lehr.calibration.histogram import BINS, HIGH, LOW, bins_of, count_by_channel, edges, range_of, squared_error
 from lehr.calibration.observers import Statistics, TensorStatistics, observe
-from lehr.calibration.trajectories import Trajectories, collect
+from lehr.calibration.trajectories import collect
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lehr.calibration import trajectories
-from lehr.calibration.trajectories import BATCH, CALIBRATION_SEEDS, LEAST_RECORDED, Trajectories, collect, recorded
+from lehr.calibration.collected import BATCH, Trajectories, cache_folder
+from lehr.calibration.recorded import LEAST_RECORDED, recorded
+from lehr.calibration.trajectories import CALIBRATION_SEEDS, collect
 from lehr.runtime.arrays import write_arrays
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
@@ -98,7 +99,7 @@ def test_a_damaged_part_is_drawn_again(bundle: Bundle, drawn: Trajectories, tmp_
 
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert trajectories.cache_folder() == tmp_path / "lehr" / "trajectories"
+    assert cache_folder() == tmp_path / "lehr" / "trajectories"
 
 
 @pytest.mark.parametrize("given", [{"seed": -1}, {"seed": 1 << 31}, {"num": 0}])
