@@ -20,6 +20,10 @@ NAME = "config.json"
 _MAX_BYTES = 2**20
 _ANY = object()  # an option that changes nothing at inference
 
+_OLD_CLASS = "Transformer2DModel"  # what DiT and PixArt were before each had a class of its own
+_SPLIT = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}  # by norm_type
+_UNUSED_THERE = ("double_self_attention", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
+
 
 class NotOurs(InvalidInput):
     """The configuration is of an architecture that our backbones do not have; the message says why."""
@@ -96,7 +100,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / NAME)
     if not isinstance(config.get("_class_name"), str):
         raise InvalidInput(f"{folder / NAME} names no class. Expected '_class_name', as save_pretrained writes it.")
-    return config
+    return _renamed(config)
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """Published DiT and PixArt folders under the class that diffusers reads them with today."""
+    kind = _SPLIT.get(str(config.get("norm_type"))) if config["_class_name"] == _OLD_CLASS else None
+    if kind is None:
+        return config
+    off = {name for name in _UNUSED_THERE if not config.get(name)}
+    if config.get("cross_attention_dim") is None:
+        off.add("cross_attention_dim")
+    return {name: value for name, value in config.items() if name not in off} | {"_class_name": kind}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lehr.export.backbones import dit, flux, mmdit, pixart
+from lehr.export.backbones import dit, flux, hunyuan_dit, mmdit, pixart, single_stream, spacetime_dit
 from lehr.export.checkpoints.config import Architecture, NotOurs, Options, anything, sample_size
 
 _PLAIN = {  # of the modules that grew out of diffusers' Transformer2DModel
@@ -128,9 +128,90 @@ def _flux(o: Options) -> Architecture:
     return Architecture(family="flux", params=params, size=None)
 
 
+def _hunyuan_dit(o: Options) -> Architecture:
+    inner, heads = _hidden(o, 16, 88)
+    channels, patch = o.take("in_channels", 0), o.take("patch_size", 0)
+    if not channels or not patch:
+        raise NotOurs("in_channels or patch_size is not given")
+    if o.take("hidden_size", 1152) != inner:
+        raise NotOurs(f"hidden_size is not the {inner} channels of a token")
+    params = hunyuan_dit.Params(
+        in_channels=channels,
+        patch_size=patch,
+        hidden_size=inner,
+        depth=o.take("num_layers", 28),
+        num_heads=heads,
+        mlp_ratio=o.take("mlp_ratio", 4.0),
+        clip_dim=o.take("cross_attention_dim", 1024),
+        clip_tokens=o.take("text_len", 77),
+        t5_dim=o.take("cross_attention_dim_t5", 2048),
+        t5_tokens=o.take("text_len_t5", 256),
+        pooled_dim=o.take("pooled_projection_dim", 1024),
+        size_conditioning=o.take("use_style_cond_and_image_meta_size", True),
+        learn_sigma=o.take("learn_sigma", True),
+    )
+    size = sample_size(o) or 32
+    o.finish({"activation_fn": "gelu-approximate", "norm_type": "layer_norm"})
+    return Architecture(family="hunyuan_dit", params=params, size=size)
+
+
+def _latte(o: Options) -> Architecture:
+    hidden, heads = _hidden(o, 16, 88)
+    channels, patch = o.take("in_channels", 0), o.take("patch_size", 0)
+    if not channels or not patch:
+        raise NotOurs("in_channels or patch_size is not given")
+    if o.take("cross_attention_dim", 0) != hidden:
+        raise NotOurs(f"cross_attention_dim is not the {hidden} channels of a token")
+    for name, needed in (("norm_type", "ada_norm_single"), ("activation_fn", "gelu-approximate")):
+        if o.take(name, "") != needed:  # of these the class's defaults are other ones
+            raise NotOurs(f"{name} is not {needed!r}")
+    if not o.take("attention_bias", False) or o.take("norm_elementwise_affine", True):
+        raise NotOurs("its attention has no bias or its norms have weights")
+    if o.take("norm_eps", 1e-5) != 1e-6:
+        raise NotOurs("norm_eps is not 1e-6")
+    size = sample_size(o) or 64
+    params = spacetime_dit.Params(
+        in_channels=channels,
+        patch_size=patch,
+        hidden_size=hidden,
+        depth=o.take("num_layers", 1),
+        num_heads=heads,
+        caption_channels=o.take("caption_channels", 0),
+        base_size=size // patch,
+        position_scale=float(max(size // 64, 1)),
+        learn_sigma=_learns_sigma(o, channels, None),
+    )
+    if not params.caption_channels:
+        raise NotOurs("caption_channels is not given")
+    o.finish({"dropout": anything(), "num_embeds_ada_norm": anything(), "video_length": anything()})
+    return Architecture(family="spacetime_dit", params=params, size=size)
+
+
+def _ideogram4(o: Options) -> Architecture:
+    hidden, heads = _hidden(o, 18, 256)
+    time, rows, columns = o.take("mrope_section", (24, 20, 20))
+    params = single_stream.Params(
+        in_channels=o.take("in_channels", 128),
+        hidden_size=hidden,
+        depth=o.take("num_layers", 34),
+        num_heads=heads,
+        mlp_hidden=o.take("intermediate_size", 12_288),
+        condition_dim=o.take("adaln_dim", 512),
+        text_dim=o.take("llm_features_dim", 53_248),
+        theta=o.take("rope_theta", 5_000_000.0),
+        sections=(time, rows, columns),
+        norm_eps=o.take("norm_eps", 1e-5),
+    )
+    o.finish({})
+    return Architecture(family="single_stream", params=params, size=None)
+
+
 READERS: dict[str, Callable[[Options], Architecture]] = {
     "DiTTransformer2DModel": _dit,
     "FluxTransformer2DModel": _flux,
+    "HunyuanDiT2DModel": _hunyuan_dit,
+    "Ideogram4Transformer2DModel": _ideogram4,
+    "LatteTransformer3DModel": _latte,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
 }

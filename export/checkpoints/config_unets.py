@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lehr.export.backbones import latent_unet, ncsnpp, sdxl, unet
+from lehr.export.backbones import latent_unet, ncsnpp, sdxl, unet, video_unet
 from lehr.export.checkpoints.config import Architecture, NotOurs, Options, anything, sample_size
 
 SDXL_POOLED = 1280  # channels of the pooled text embedding of every published SDXL model
@@ -200,7 +200,45 @@ def _unet_2d_condition(o: Options) -> Architecture:
     return Architecture(family="sdxl", params=sdxl.Params(**common, **added), size=size)
 
 
+# ------------------------------------------------------------------------------------------------- over frames
+
+
+def _unet_spatio_temporal(o: Options) -> Architecture:
+    default = (*["CrossAttnDownBlockSpatioTemporal"] * 3, "DownBlockSpatioTemporal")
+    mirrored = tuple(name.replace("Down", "Up") for name in reversed(default))
+    levels = _levels(o, "DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal", default, mirrored)
+    channels = o.take("block_out_channels", (320, 640, 1280, 1280))
+    if len(levels) != len(channels):
+        raise NotOurs(f"{len(levels)} block types do not go with block_out_channels {channels}")
+    blocks = _per_level(o, "layers_per_block", 2, len(levels))
+    depths = _per_level(o, "transformer_layers_per_block", 1, len(levels))
+    if len(set(blocks)) != 1 or set(depths) != {1}:
+        raise NotOurs(f"layers_per_block is {blocks}, transformer_layers_per_block {depths}")
+    id_dim = o.take("addition_time_embed_dim", 256)
+    joined = o.take("projection_class_embeddings_input_dim", 768)
+    if joined % id_dim:
+        raise NotOurs(f"projection_class_embeddings_input_dim {joined} is no multiple of {id_dim} channels")
+    heads = o.raw("num_attention_heads", [5, 10, 20, 20])
+    if not isinstance(heads, (int, list, tuple)):
+        raise NotOurs(f"num_attention_heads is {heads!r}")
+    params = video_unet.Params(
+        in_channels=o.take("in_channels", 8),
+        out_channels=o.take("out_channels", 4),
+        block_out_channels=channels,
+        layers_per_block=blocks[0],
+        attention_levels=tuple(level for level, here in enumerate(levels) if here),
+        num_heads=(heads,) * len(levels) if isinstance(heads, int) else tuple(heads),
+        context_dim=o.take("cross_attention_dim", 1024),
+        time_ids=joined // id_dim,
+        time_id_dim=id_dim,
+    )
+    size = sample_size(o)
+    o.finish({"num_frames": anything()})
+    return Architecture(family="video_unet", params=params, size=size)
+
+
 READERS: dict[str, Callable[[Options], Architecture]] = {
     "UNet2DConditionModel": _unet_2d_condition,
     "UNet2DModel": _unet_2d,
+    "UNetSpatioTemporalConditionModel": _unet_spatio_temporal,
 }

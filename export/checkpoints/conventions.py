@@ -86,13 +86,16 @@ def conventions(config: Mapping[str, Any]) -> Conventions:
             path=LinearFlow(num_train_timesteps=steps), prediction=FLOW_PREDICTION, notes=_flow_shift(config)
         )
     if name == "ScoreSdeVeScheduler":
-        path = VE(sigma_min=float(config.get("sigma_min", 0.01)), sigma_max=float(config.get("sigma_max", 1348.0)))
-        return Conventions(path=path, prediction=SCORE)
+        ve = VE(sigma_min=float(config.get("sigma_min", 0.01)), sigma_max=float(config.get("sigma_max", 1348.0)))
+        return Conventions(path=ve, prediction=SCORE)
     if name in _EDM and kind in ("epsilon", "v_prediction"):
         edm = EDM(sigma_min=float(config.get("sigma_min", 0.002)), sigma_max=float(config.get("sigma_max", 80.0)))
         data = float(config.get("sigma_data", 0.5))
         sign = 1 if kind == "epsilon" else -1
         return Conventions(path=edm, prediction=Prediction(kind=PredictionKind.EDM, sigma_data=data, sign=sign))
+    if config.get("timestep_type") == "continuous" and kind == "v_prediction":  # Stable Video Diffusion
+        path = EDM(sigma_min=float(config.get("sigma_min", 0.002)), sigma_max=float(config.get("sigma_max", 700.0)))
+        return Conventions(path=path, prediction=Prediction(kind=PredictionKind.EDM, sigma_data=1.0, sign=-1))
     if "beta_schedule" not in config or kind not in _DISCRETE:
         raise InvalidInput(f"{name or 'the scheduler'} with prediction_type {kind!r} has no path that is known here.")
     if config.get("trained_betas") is not None:

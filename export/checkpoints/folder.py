@@ -10,7 +10,22 @@ import torch
 from torch import nn
 
 from lehr.engines.graph.weights import WeightSource
-from lehr.export.backbones import dit, flux, latent_unet, mmdit, ncsnpp, pixart, preset, presets, sdxl, unet
+from lehr.export.backbones import (
+    dit,
+    flux,
+    hunyuan_dit,
+    latent_unet,
+    mmdit,
+    ncsnpp,
+    pixart,
+    preset,
+    presets,
+    sdxl,
+    single_stream,
+    spacetime_dit,
+    unet,
+    video_unet,
+)
 from lehr.export.backbones.preset import Preset
 from lehr.export.checkpoints import config as configs
 from lehr.export.checkpoints.config import Architecture, NotOurs
@@ -101,8 +116,13 @@ def _ours(chosen: Preset, source: WeightSource, component: Path) -> Checkpoint:
 
 
 def _plain(params: Any) -> Any:
-    """Params without what diffusers' DiT does in its own way (see ``dit.Params``)."""
-    return replace(params, frequency_shift=0, norm2_eps=1e-6) if isinstance(params, dit.Params) else params
+    """Params without what a configuration does not decide.
+
+    diffusers' DiT has ways of its own (see ``dit.Params``); Ideogram's two networks have one configuration.
+    """
+    if isinstance(params, dit.Params):
+        return replace(params, frequency_shift=0, norm2_eps=1e-6)
+    return replace(params, text=single_stream.Text.JOINED) if isinstance(params, single_stream.Params) else params
 
 
 def _same(params: Any, other: Any) -> bool:
@@ -116,6 +136,8 @@ def _preset(found: Architecture, name: str, folder: Path) -> Preset:
             f"{folder} is another architecture than preset {name!r}: {found.params}, expected {chosen.params}. "
             "Leave --preset out; the folder says what it is."
         )
+    if isinstance(found.params, single_stream.Params):
+        return chosen  # which of the two networks it is, the preset says
     return replace(chosen, params=found.params)
 
 
@@ -185,13 +207,37 @@ def _spec_flux(name: str, a: Architecture) -> tuple[ModelSpec, Any]:
     return flux.spec(name, a.params, text_tokens=512, steps=28), flux.Flux
 
 
+def _spec_hunyuan(name: str, a: Architecture) -> tuple[ModelSpec, Any]:
+    path = hunyuan_dit.PRESETS["hunyuan-dit-1.2"].spec.path
+    return hunyuan_dit.spec(name, a.params, size=_rounded(a, 128), path=path), hunyuan_dit.HunyuanDiT
+
+
+def _spec_spacetime(name: str, a: Architecture) -> tuple[ModelSpec, Any]:
+    return spacetime_dit.spec(name, a.params, size=_rounded(a, 64), frames=16), spacetime_dit.Latte
+
+
+def _spec_single_stream(name: str, a: Architecture) -> tuple[ModelSpec, Any]:
+    return single_stream.spec(name, a.params), single_stream.SingleStream
+
+
+def _spec_video(name: str, a: Architecture) -> tuple[ModelSpec, Any]:
+    width = _rounded(a, 128)  # the configuration knows the width alone; the models are trained on 9 : 16 pictures
+    multiple = a.params.size_multiple
+    height = max(multiple, width * 9 // 16 // multiple * multiple)
+    return video_unet.spec(name, a.params, height=height, width=width, frames=14), video_unet.VideoUNet
+
+
 _SPECS = {
     "dit": _spec_dit,
     "flux": _spec_flux,
+    "hunyuan_dit": _spec_hunyuan,
     "latent_unet": _spec_latent,
     "mmdit": _spec_mmdit,
     "ncsnpp": _spec_ncsnpp,
     "pixart": _spec_pixart,
     "sdxl": _spec_sdxl,
+    "single_stream": _spec_single_stream,
+    "spacetime_dit": _spec_spacetime,
     "unet": _spec_unet,
+    "video_unet": _spec_video,
 }

@@ -34,6 +34,11 @@ class Transform(str, Enum):
     SWAP_HALVES = "swap_halves"  # (scale, shift) <-> (shift, scale) along dimension 0
     GRID_ROWS = "grid_rows"  # (1, N*N, D) table of a square sin-cos grid -> (N, D/2), what encodes the row
     GRID_COLUMNS = "grid_columns"  # the same table -> (N, D/2), what encodes the column
+    FIRST_THIRD = "first_third"  # of dimension 0: the queries of a joint projection
+    SECOND_THIRD = "second_third"
+    LAST_THIRD = "last_third"
+    TRANSPOSE = "transpose"  # a matrix stored for multiplication from the right
+    MATRIX = "matrix"  # (O, I, 1, 1), a convolution of single pixels -> (O, I); a matrix stays one
 
 
 class CopiesDiffer(InvalidInput):
@@ -98,7 +103,11 @@ class Origin:
             whole = (sum(shape[0] for shape in shapes), *whole[1:])
         if self.transform in (Transform.GRID_ROWS, Transform.GRID_COLUMNS):
             return _grid_shape(whole)
-        return whole
+        if self.transform in _THIRDS:
+            return _third_shape(whole)
+        if self.transform is Transform.TRANSPOSE:
+            return whole[::-1]
+        return _matrix_shape(whole) if self.transform is Transform.MATRIX else whole
 
 
 # ----------------------------------------------------------------------------------------------- matching
@@ -194,8 +203,31 @@ def _grid_shape(table: tuple[int, ...]) -> tuple[int, int]:
     return side, table[2] // 2
 
 
+def _matrix_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    return kernel[:2] if len(kernel) == 4 and kernel[2:] == (1, 1) else kernel
+
+
+def _third_shape(joint: tuple[int, ...]) -> tuple[int, ...]:
+    if not joint or joint[0] % 3:
+        raise InvalidInput(f"a tensor of shape {joint} cannot be cut into three along dimension 0")
+    return (joint[0] // 3, *joint[1:])
+
+
+def _third(number: int) -> Callable[[Tensor], Tensor]:
+    def cut(joint: Tensor) -> Tensor:
+        size = _third_shape(tuple(joint.shape))[0]
+        return joint[number * size : (number + 1) * size]
+
+    return cut
+
+
+_THIRDS = (Transform.FIRST_THIRD, Transform.SECOND_THIRD, Transform.LAST_THIRD)
+
 _TRANSFORMS: dict[Transform, Callable[[Tensor], Tensor]] = {
     Transform.SWAP_HALVES: _swap_halves,
     Transform.GRID_ROWS: lambda table: _grid(table)[0],
     Transform.GRID_COLUMNS: lambda table: _grid(table)[1],
+    **{transform: _third(number) for number, transform in enumerate(_THIRDS)},
+    Transform.TRANSPOSE: lambda matrix: matrix.T,
+    Transform.MATRIX: lambda kernel: kernel.reshape(_matrix_shape(tuple(kernel.shape))),
 }
