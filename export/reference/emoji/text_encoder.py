@@ -1,0 +1,82 @@
+"""The text encoder of the emoji: a small bidirectional transformer with norms before its layers.
+
+Shape legend: B batch, M tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lehr.export.backbones._layers import Mlp
+from lehr.export.backbones.dit import CrossAttention
+
+MASKED = -10_000.0  # added to the scores of padding; finite, as in the denoiser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params:
+    """Architecture of the text encoder."""
+
+    vocabulary: int = 2048
+    longest: int = 32
+    hidden_size: int = 192
+    depth: int = 3
+    num_heads: int = 6
+    mlp_ratio: int = 2
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, p: Params) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(p.hidden_size)
+        self.attn = CrossAttention(p.hidden_size, p.num_heads)
+        self.norm2 = nn.LayerNorm(p.hidden_size)
+        self.mlp = Mlp(p.hidden_size, p.mlp_ratio * p.hidden_size)
+
+    def forward(self, x: Tensor, mask_bias: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn(normed, normed, mask_bias)
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class TextEncoder(nn.Module):
+    """Tokens -> features; every token sees every other."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        p = self.params = params
+        self.token_embedding = nn.Embedding(p.vocabulary, p.hidden_size)
+        self.position_embedding = nn.Embedding(p.longest, p.hidden_size)
+        self.blocks = nn.ModuleList(Block(p) for _ in range(p.depth))
+        self.final_norm = nn.LayerNorm(p.hidden_size)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate the network.
+
+        Args:
+            input_ids: (B, M) int64, M up to ``longest``.
+            attention_mask: (B, M) int64, 1 for text and 0 for padding.
+
+        Returns:
+            Features (B, M, D) of the tokens, and their mean over the text (B, D).
+        """
+        x = self.token_embedding(input_ids)
+        x = x + self.position_embedding(torch.arange(input_ids.shape[1], device=input_ids.device))
+        mask = attention_mask.to(x.dtype)
+        mask_bias = ((1 - mask) * MASKED)[:, None, None, :].expand(-1, -1, input_ids.shape[1], -1)
+        for block in self.blocks:
+            x = block(x, mask_bias)
+        x = self.final_norm(x)
+        return x, (x * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
