@@ -44,7 +44,8 @@ step types-3.10 "$bin/python" -m mypy --python-version 3.10 -p lehr.runtime -p l
 step layers "$bin/lint-imports" --no-logo
 step device bash ci/jetpack.sh
 [ -n "$fast" ] || step gate bash ci/gate_reference_models.sh
-[ -n "$fast" ] || step tests "$bin/python" -m pytest
+# A worker a core, each with whole files, so that fixtures of a module are made once.
+[ -n "$fast" ] || step tests env OMP_NUM_THREADS=1 "$bin/python" -m pytest -n "$OMP_NUM_THREADS" --dist loadfile
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\ncheck: failed: %s\n' "${failed[*]}"

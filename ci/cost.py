@@ -146,7 +146,7 @@ def _at(bundle: Bundle, record: EngineRecord) -> Denoiser:
         return backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), {**plan.options, **fixed})
 
     signatures = {name: graphs[name].signature for name in (PROMPT, SCHEDULE, STEP) if name in graphs}
-    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL)
+    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL, ends=record.ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

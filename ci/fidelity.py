@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lehr.ci.checks import Check, LoopSeries, Outcome, StepSeries, first_above, judged
 from lehr.ci.policy import Limits, LoopLimits
 from lehr.runtime.denoiser import Denoiser
-from lehr.runtime.engine import EngineRecord
+from lehr.runtime.engine import STEP, EngineRecord
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.golden import Floor, Golden, Trajectory
 from lehr.runtime.noise import batch_normal
@@ -61,11 +61,17 @@ def structure(
 
 
 def _precision(record: EngineRecord) -> Check:
-    problem, name = precision_problem(record), _FORMAT_OF.get(record.recipe)
-    if problem is None and name is not None and name not in record.achieved_precision:
-        problem = f"recipe {record.recipe} but the engine computes in {sorted(record.achieved_precision)}"
-    shares = ", ".join(f"{share:.0%} {name}" for name, share in record.achieved_precision.items())
-    return judged("L0.precision", problem is None, problem or f"{shares}, as recipe {record.recipe} asks")
+    problem, said = precision_problem(record), []
+    for plan, recipe in record.recipes.items():
+        found, name = record.plans[plan].achieved_precision, _FORMAT_OF.get(recipe)
+        if not found:
+            reason = f"{record.library} does not say what {plan} computes in; recipe {recipe} was asked for"
+            return Check(name="L0.precision", outcome=Outcome.NOTED, reason=reason)
+        if problem is None and name is not None and name not in found:
+            problem = f"recipe {recipe} but the engine computes in {sorted(found)}"
+        shares = ", ".join(f"{share:.0%} {name}" for name, share in found.items())
+        said.append(f"{shares}, as recipe {recipe} asks" + ("" if plan == STEP else f" of {plan}"))
+    return judged("L0.precision", problem is None, problem or "; ".join(said))
 
 
 def _contract(spec: ModelSpec, golden: Golden) -> Check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from lehr.ci.cost import baseline_of, cost
 from lehr.ci.distribution import Networks, distribution, judgeable
 from lehr.ci.locate import as_check, locate
 from lehr.ci.policy import LEVELS, Policy
+from lehr.ci.stages import judge_pictures, judge_stages
 from lehr.ci.window import missing, window
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
@@ -38,6 +39,7 @@ def gate(
     *,
     baseline: Bundle | None = None,
     networks: Networks | None = None,
+    stage_recipes: Mapping[str, str] | None = None,
 ) -> Report:
     """Hold one engine against a policy.
 
@@ -47,6 +49,7 @@ def gate(
         policy: what to ask.
         baseline: an older bundle of the same model, for L4.
         networks: feature networks that the user names, for L3.
+        stage_recipes: of stages that the pipeline runs in another recipe than the denoiser's or fp32.
 
     Raises:
         InvalidInput: a baseline of another model, or none where the policy requires L4; or no feature network, or
@@ -75,6 +78,8 @@ def gate(
         checks.append(as_check(found))
     drawn, series = _drawn(bundle, record, denoiser, golden, policy, given, checks)
     checks += drawn
+    of_stages, stages = judge_stages(bundle, record, policy, stage_recipes or {})
+    checks += of_stages + judge_pictures(bundle, record, stage_recipes or {})
     if old is not None:
         checks += cost(bundle, record, old, golden, policy.limits_for(record.recipe).L4)
     else:
@@ -94,7 +99,7 @@ def gate(
         loops=loops,
         value_range=bundle.manifest.model.value_range,
         environment=_environment(record),
-        hashes=_hashes(bundle, record),
+        hashes=_hashes(bundle, record, stages),
         culprit=found,
         distribution=series,
         pictures=_pictures(bundle),
@@ -255,9 +260,12 @@ def model_hash(bundle: Bundle) -> str:
     return hashlib.sha256(encode_json(bundle.manifest.model.to_json(), "model")).hexdigest()
 
 
-def _hashes(bundle: Bundle, record: EngineRecord) -> dict[str, str]:
+def _hashes(bundle: Bundle, record: EngineRecord, stages: Sequence[EngineRecord]) -> dict[str, str]:
     """SHA-256 of what was judged and of what it was held against, as the manifest has them."""
     names = {*record.sources, *bundle.names("golden/")}
+    for stage in stages:
+        names |= {*stage.sources, *bundle.names(f"{stage.folder}/")}
+    names |= {entry.golden for entry in bundle.manifest.stages.values() if entry.golden is not None}
     names |= {part for graph in bundle.manifest.graphs.values() for part in (graph.file, graph.weights) if part}
     names |= set(bundle.names(f"{record.folder}/"))
     known = bundle.manifest.known_files

@@ -18,7 +18,7 @@ from lehr import __version__
 from lehr.ci.checks import Check, Outcome, Report
 from lehr.ci.gate import MODEL_HASH, model_hash
 from lehr.ci.policy import LEVELS, Limits, Policy
-from lehr.ci.reports import ENGINES, Reported
+from lehr.ci.reports import Reported, of_an_engine
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
 
@@ -59,7 +59,7 @@ def merge(
         for number, report in enumerate(of_engine):
             where = label if len(of_engine) == 1 else f"{label} ({number + 1})"
             environment |= {f"{where}: {key}": value for key, value in report.environment.items()}
-            hashes |= {f"{where}: {n}" if n.startswith(ENGINES) else n: digest for n, digest in report.hashes.items()}
+            hashes |= {f"{where}: {n}" if of_an_engine(n) else n: digest for n, digest in report.hashes.items()}
     return Report(
         bundle=" and ".join(sorted({report.bundle for report in reports})),
         model=reports[0].model,
@@ -123,7 +123,7 @@ def _check_bundle(report: Reported, bundle: Bundle) -> None:
     known = {name: entry.sha256 for name, entry in bundle.manifest.known_files.items()}
     known[MODEL_HASH] = model_hash(bundle)
     for name, digest in report.hashes.items():
-        absent = name.startswith(ENGINES) and name not in known  # built on the device, and stayed there
+        absent = of_an_engine(name) and name not in known  # built on the device, and stayed there
         if not absent and known.get(name) != digest:
             raise InvalidInput(
                 f"{report.file} was not made of {bundle.root.name}: {name} differs. It is stale, or of another bundle: "

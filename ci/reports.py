@@ -18,6 +18,7 @@ from lehr.ci.policy import LEVELS
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.golden import INDEX_FILE
 from lehr.runtime.jsonlike import decode_json
+from lehr.runtime.stage import STAGES
 
 MAX_BYTES = 16 << 20  # the curves of a thousand-step loop take 0.1 MB
 MAX_CHECKS, MAX_ENTRIES = 10_000, 1_000  # entries: of environment and hashes
@@ -26,6 +27,11 @@ MAX_TEXT = 4_000  # characters of a reason; other texts are names
 ENGINES = "engines/"  # hashes under it are of the engine, all others of what every engine of the model shares
 _NAME = 300
 _T = TypeVar("_T")
+
+
+def of_an_engine(name: str) -> bool:
+    """Whether a file belongs to an engine, the denoiser's or a stage's."""
+    return name.startswith(ENGINES) or (name.startswith(f"{STAGES}/") and f"/{ENGINES}" in name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +65,12 @@ class Reported:
     @property
     def shared(self) -> dict[str, str]:
         """Hashes of what all engines of the model share: its graphs, weights, description and golden data."""
-        return {name: digest for name, digest in self.hashes.items() if not name.startswith(ENGINES)}
+        return {name: digest for name, digest in self.hashes.items() if not of_an_engine(name)}
 
     @property
     def of_engine(self) -> tuple[tuple[str, str], ...]:
         """Hashes of the engine's own files, which tell it from all others."""
-        return tuple(sorted((n, digest) for n, digest in self.hashes.items() if n.startswith(ENGINES)))
+        return tuple(sorted((n, digest) for n, digest in self.hashes.items() if of_an_engine(n)))
 
 
 def read_report(path: Path) -> Reported:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,24 @@ import numpy.typing as npt
 
 from lehr.engines.audit import AUDIT, audited
 from lehr.engines.builders import builder_for, candidates
-from lehr.engines.choose import Candidate, Measured, fastest, measure
+from lehr.engines.choose import measure
 from lehr.engines.compiling import Job, remembered
 from lehr.engines.kit import make, open_kit
+from lehr.engines.making import Work, make_engine
+from lehr.engines.plans import asked_for
 from lehr.engines.quantised import calibrated_files, check_achieved, lower_calibrated
 from lehr.engines.ranges import input_ranges, narrow_ranges, narrow_sizes
 from lehr.engines.settings import DEFAULT, Settings, StoredWeights
 from lehr.engines.target import Target
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
-from lehr.runtime.engine import STEP, EngineRecord, Plan, engine_folder, engine_folders
-from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, InvalidInput, MissingExtra
+from lehr.runtime.engine import STEP, EngineRecord, Plan
+from lehr.runtime.errors import BundleError, IncompatibleEngine, InvalidInput, MissingExtra
 from lehr.runtime.hoisted import SHAPE_SUFFIX
-from lehr.runtime.host import cpu_features, host, peak_rss_mb
+from lehr.runtime.host import cpu_features
 from lehr.runtime.kits import KitRecord, find_kit
 from lehr.runtime.noise import batch_normal, standard_normal
-from lehr.runtime.recipe import RECIPES, Format, Recipe
+from lehr.runtime.recipe import Format, Recipe, Scope
 from lehr.runtime.spec import DType, ModelSpec, TensorSpec
 from lehr.runtime.whole_loop import LOOP, WITHOUT
 
@@ -76,6 +77,24 @@ def build(
         BundleError: the bundle holds no weights.
         BuildFailed: the engine library refuses a graph, or no library meets parity.
     """
+    versions = ready(target, recipe, library, threads, settings)
+    bundle = Bundle.open(root)
+    narrow_sizes(bundle.manifest.model, settings)  # raises before the work
+
+    def compiled(name: str, folder: Path) -> dict[str, Plan]:
+        return build_plans(bundle, target, name, recipe, folder, threads=threads, progress=progress, settings=settings)
+
+    work = Work(
+        stage=None,
+        compile=compiled,
+        measure=lambda built: measure(bundle, recipe, built, example_inputs(bundle.manifest.model)),
+        sources=lambda name: _sources(bundle, target, name, recipe),
+    )
+    return make_engine(bundle, work, target, recipe, versions)
+
+
+def ready(target: Target, recipe: Recipe, library: str, threads: int, settings: Settings) -> dict[str, str]:
+    """The versions of the libraries that will build, best first; raises what :func:`build` does before any work."""
     target.check(recipe)
     if threads < 0:
         raise InvalidInput(f"threads must be 0 (one a core) or more, got {threads}.")
@@ -86,96 +105,10 @@ def build(
             f"{'/'.join(target.os)} {'/'.join(target.arch)}. Run lehr build on such a machine."
         )
     target.check_machine(recipe, cpu_features())
-    bundle = Bundle.open(root)
-    started = time.monotonic()
-    narrow_sizes(bundle.manifest.model, settings)  # raises before the work
     versions = {name: builder_for(target, name).version() for name in libraries}
     for name, version in versions.items():
         target.check_version(name, version)
-    with bundle.edit() as edit:
-        replaced = set(engine_folders(bundle, target.name, recipe.name))
-        for old in replaced:
-            edit.remove(old)
-        edit.set_manifest(parity={k: v for k, v in bundle.manifest.parity.items() if k not in replaced})
-        folders = {name: engine_folder(target.name, recipe.name, name, versions[name]) for name in libraries}
-        into = {name: edit.folder(folder) for name, folder in folders.items()}
-        built, failed = _build_all(bundle, target, recipe, into, threads, progress, settings)
-        chosen, rows = _chosen(bundle, recipe, built, failed)
-        for name in libraries:
-            if name != chosen.library:
-                edit.remove(folders[name])
-        record = EngineRecord(
-            target=target.name,
-            recipe=recipe.name,
-            recipe_version=recipe.version,
-            library=chosen.library,
-            library_version=versions[chosen.library],
-            host=_host(target),
-            sources=_sources(bundle, target, chosen.library, recipe),
-            plans=chosen.plans,
-            seconds=round(time.monotonic() - started, 3),
-            peak_rss_mb=round(max(peak_rss_mb(), *(_peak(plan) for plan in chosen.plans.values())), 1),
-            candidates=tuple(row.to_json() for row in rows),
-        )
-        edit.add_json(f"{record.folder}/build.json", record.to_json())
-    return record
-
-
-def _host(target: Target) -> dict[str, Any]:
-    """What an engine depends on of the machine that built it; one for a GPU does not depend on the processor's."""
-    return {key: value for key, value in host().items() if not target.sm or key in ("os", "arch")}
-
-
-def _peak(plan: Plan) -> float:
-    """Memory of a plan's build in MB, where it had a process of its own; else 0."""
-    return float(plan.options.get("build_peak_mb", 0))
-
-
-def _build_all(
-    bundle: Bundle,
-    target: Target,
-    recipe: Recipe,
-    folders: Mapping[str, Path],
-    threads: int,
-    progress: Progress,
-    settings: Settings,
-) -> tuple[list[Candidate], dict[str, BuildFailed]]:
-    """Engines by the libraries that can build one, and what stopped the others."""
-    built: list[Candidate] = []
-    failed: dict[str, BuildFailed] = {}
-
-    def attempt(name: str, folder: Path) -> None:
-        try:
-            plans = build_plans(
-                bundle, target, name, recipe, folder, threads=threads, progress=progress, settings=settings
-            )
-        except BuildFailed as e:
-            failed[name] = e
-        else:
-            built.append(Candidate(library=name, folder=folder, plans=plans))
-
-    for name, folder in folders.items():
-        attempt(name, folder)
-    return built, failed
-
-
-def _chosen(
-    bundle: Bundle, recipe: Recipe, built: list[Candidate], failed: Mapping[str, BuildFailed]
-) -> tuple[Candidate, list[Measured]]:
-    """The engine to keep, and the table of what was tried; the table is empty if there was one library."""
-    if not built:
-        raise next(iter(failed.values()))
-    if len(built) == 1 and not failed:
-        return built[0], []
-    rows = measure(bundle, recipe, built, example_inputs(bundle.manifest.model))
-    rows += [Measured(library=name, reason=str(error)) for name, error in failed.items()]
-    best = fastest(rows)
-    if best is None:
-        tried = "; ".join(
-            f"{r.library}: {r.reason or f'score error {r.max_rel_error:.2e}, limit {r.limit:.2e}'}" for r in rows
-        )
-        raise BuildFailed(f"no library's {recipe.name} engine meets parity ({tried}). Choose one with --library.")
-    return next(c for c in built if c.library == best), rows
+    return versions
 
 
 def build_plans(
@@ -194,24 +127,24 @@ def build_plans(
     made, feeds, plans = builder_for(target, library) if kit is None else kit.builder, example_feeds(bundle), {}
     model = bundle.manifest.model
     narrow = narrow_sizes(model, settings)
-    for name, graph in bundle.manifest.graphs.items():
+    for asked in asked_for(bundle.manifest.graphs, recipe):
+        name, graph = asked.graph, bundle.manifest.graphs[asked.graph]
         if graph.weights is None:
             raise BundleError(
                 f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only."
             )
         if kit is None:
             bundle.path(graph.weights)  # checks the hash: the library reads the file by itself
-        chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".lowered-") as scratch:
             lowered = (
-                _lowered(bundle, target, library, name, chosen, made.LOWERED, Path(scratch))
+                _lowered(bundle, target, library, name, asked.recipe, made.LOWERED, Path(scratch))
                 if kit is None
-                else kit.graphs[name]
+                else kit.graphs[asked.plan]
             )
             job = Job(
-                name=name,
+                name=asked.plan,
                 graph=lowered,
-                recipe=chosen,
+                recipe=asked.recipe,
                 target=target,
                 library=library,
                 ranges=input_ranges(graph.signature, model, narrow),
@@ -221,8 +154,9 @@ def build_plans(
                 settings=settings,
                 stored=None if kit is not None else _stored(bundle, name),
             )
-            plans[name] = remembered(bundle, made, job, folder, progress)
-    check_achieved(bundle, recipe, library, plans[STEP].operators)
+            plans[asked.plan] = remembered(bundle, made, job, folder, progress)
+        if name == STEP:
+            check_achieved(bundle, asked.recipe, library, plans[asked.plan].operators)
     return plans
 
 
@@ -240,23 +174,30 @@ def _lowered(
     if recipe.calibrated:
         return lower_calibrated(bundle, target, library, recipe, name, formats, scratch)
     graph = bundle.path(bundle.manifest.graphs[name].file)
+    matrices = recipe.scope is Scope.MATRICES
     no_fp32 = Format.FP32 not in target.formats  # no products in fp32, that is: SM 7.5 does the rest in it
-    if recipe.arithmetic not in formats and not no_fp32:
+    if recipe.arithmetic not in formats and not no_fp32 and not matrices:
         return graph
     try:
         import onnx_ir as ir
 
         from lehr.engines.graph.lowering.half import write_half
-        from lehr.engines.graph.lowering.products import all_but_products, high_in_copies, refuse_large_products
+        from lehr.engines.graph.lowering.products import (
+            all_but_matrices,
+            all_but_products,
+            high_in_copies,
+            refuse_large_products,
+        )
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "onnx_ir", "export") from e
     dtype = ir.DataType.BFLOAT16 if recipe.arithmetic is Format.BF16 else ir.DataType.FLOAT16
     if name not in (STEP, LOOP):
         return write_half(graph, scratch, keep_high=all_but_products(graph), dtype=dtype)
-    keep_high = audited(bundle, recipe.name)
-    copied = bundle.path(bundle.manifest.graphs[STEP].file) if name != STEP else None
+    step = bundle.path(bundle.manifest.graphs[STEP].file)
+    keep_high = all_but_matrices(step) if matrices else audited(bundle, recipe.arithmetic.value)
+    copied = step if name != STEP else None
     if no_fp32:
-        refuse_large_products(bundle, recipe.name, target.name)
+        refuse_large_products(bundle, recipe.arithmetic.value, target.name)
         if copied is not None:
             keep_high, copied = high_in_copies(graph, copied, keep_high), None
         keep_high &= all_but_products(graph)
@@ -283,15 +224,15 @@ def example_feeds(bundle: Bundle) -> dict[str, dict[str, Array]]:
     known |= {name + WITHOUT: value for name, value in known.items()}  # a whole loop's second half of guidance
     return {
         name: {
-            tensor.name: known[tensor.name] if tensor.name in known else _handed_over(tensor, sizes)
+            tensor.name: known[tensor.name] if tensor.name in known else stand_in(tensor, sizes)
             for tensor in graph.signature.inputs
         }
         for name, graph in bundle.manifest.graphs.items()
     }
 
 
-def _handed_over(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
-    """A stand-in for what another graph computes."""
+def stand_in(tensor: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """Numbers of no meaning for an input: for what another graph computes, and for a stage without golden data."""
     shape = tensor.sizes(sizes)
     if tensor.dtype in (DType.FLOAT32, DType.FLOAT16):
         return standard_normal(0, 0, shape).astype(tensor.dtype.numpy)
@@ -325,13 +266,27 @@ def build_kit(root: Path, target: Target, recipe: Recipe, *, options: Sequence[s
     bundle = Bundle.open(root)
     library = candidates(target, recipe)[0]
 
-    def lowered(name: str, scratch: Path) -> Path:
-        chosen = recipe if name in (STEP, LOOP) else RECIPES["fp32"]
-        return _lowered(bundle, target, library, name, chosen, builder_for(target, library).LOWERED, scratch)
+    asked = asked_for(bundle.manifest.graphs, recipe)
+
+    def lowered(plan: str, scratch: Path) -> Path:
+        chosen = next(one for one in asked if one.plan == plan)
+        formats = builder_for(target, library).LOWERED
+        return _lowered(bundle, target, library, chosen.graph, chosen.recipe, formats, scratch)
 
     names = {name for graph in bundle.manifest.graphs.values() for name in (graph.file, graph.weights) if name}
     names |= calibrated_files(bundle, recipe, builder_for(target, library).LOWERED)  # raises before the work
     if AUDIT in names:
-        audited(bundle, recipe.rest.value if recipe.calibrated else recipe.name)
+        for one in (recipe, *recipe.parts.values()):
+            if AUDIT in calibrated_files(bundle, one, builder_for(target, library).LOWERED):
+                audited(bundle, (one.rest if one.calibrated else one.arithmetic).value)
     sources = {name: bundle.manifest.known_files[name].sha256 for name in sorted(names)}
-    return make(bundle, target, recipe, lowered=lowered, sources=sources, options=options)
+    return make(
+        bundle,
+        target,
+        recipe,
+        plans={one.plan: bundle.manifest.graphs[one.graph] for one in asked},
+        spec=bundle.manifest.model,
+        lowered=lowered,
+        sources=sources,
+        options=options,
+    )

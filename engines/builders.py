@@ -29,6 +29,7 @@ GROUP = "lehr.builders"  # entry points of builders that bring more with them th
 _BUILDERS = {
     "onnxruntime": ("lehr.engines.onnxruntime_cpu", ""),
     "onnxruntime@cuda": ("lehr.engines.onnxruntime_cuda", ""),
+    "onnxruntime-tensorrt": ("lehr.engines.onnxruntime_tensorrt", "BUILDER"),
     "openvino": ("lehr.engines.openvino_cpu", ""),
     "openvino@GPU": ("lehr.engines.openvino_devices", "GPU"),
     "openvino@NPU": ("lehr.engines.openvino_devices", "NPU"),
@@ -187,7 +188,7 @@ def buildable(target: Target, system: str, machine: str) -> tuple[str, ...]:
 
 def _found(library: str) -> bool:
     """Whether a library's module is there, without loading it; a plugged-in builder knows itself."""
-    if library in plugged_in(GROUP):
+    if library in plugged_in(GROUP) or library == "onnxruntime-tensorrt":  # the second is a part of a module
         return installed(library)
     try:
         return importlib.util.find_spec(library) is not None

@@ -7,8 +7,9 @@ so that a disturbance meets all of them. Hoisted results are cached by then: wha
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,8 +90,9 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
     limit = None if golden is None else rel_error_limit(golden, recipe.name)
     if golden is not None:
         spec = bundle.manifest.model
-        sample = golden.steps.inputs[0]
-        steps = golden.steps.timesteps[:1].astype(spec.timestep.dtype.numpy).repeat(len(sample))
+        k = len(golden.steps.timesteps) // 2  # what most steps of a precision schedule compute
+        sample = golden.steps.inputs[k]
+        steps = golden.steps.timesteps[k : k + 1].astype(spec.timestep.dtype.numpy).repeat(len(sample))
         feeds = {spec.sample.name: sample, spec.timestep.name: steps, **golden.steps.conditions}
     errors: dict[str, float | None] = {}
     refused: dict[str, str] = {}
@@ -98,7 +100,7 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
 
     def judge(candidate: Candidate) -> None:
         try:
-            denoiser = _open(bundle, candidate)
+            denoiser = _open(bundle, candidate, recipe)
             _evaluate(denoiser, feeds)
             errors[candidate.library] = None if golden is None else max(step_errors(denoiser, golden))
         except (RunFailed, BundleError) as e:
@@ -108,7 +110,7 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
 
     for candidate in candidates:
         judge(candidate)
-    times = _interleaved(running, feeds)
+    times = interleaved({name: partial(_evaluate, denoiser, feeds) for name, denoiser in running.items()})
     return [
         Measured(
             library=c.library,
@@ -133,25 +135,26 @@ def fastest(measured: Sequence[Measured]) -> str | None:
     return None if best is None else best[1]
 
 
-def _open(bundle: Bundle, candidate: Candidate) -> Denoiser:
+def _open(bundle: Bundle, candidate: Candidate, recipe: Recipe) -> Denoiser:
     def load(name: str) -> Session:
         plan = candidate.plans[name]
         return backend(candidate.library).load(candidate.folder / plan.file, plan.options)
 
     signatures = {name: graph.signature for name, graph in bundle.manifest.graphs.items()}
-    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL)
+    ends = None if recipe.schedule is None else recipe.schedule.ends
+    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL, ends=ends)
 
 
-def _interleaved(running: Mapping[str, Denoiser], feeds: Feeds) -> dict[str, float]:
-    """Median milliseconds of one evaluation of each."""
-    times: dict[str, list[float]] = {name: [] for name in running}
+def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of each call, one of each in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.monotonic()
     for turn in range(WARM_UP + ROUNDS):
         if turn >= WARM_UP + 3 and time.monotonic() - begun > SECONDS:
             break
-        for name, denoiser in running.items():
+        for name, call in calls.items():
             started = time.perf_counter()
-            _evaluate(denoiser, feeds)
+            call()
             if turn >= WARM_UP:
                 times[name].append(1e3 * (time.perf_counter() - started))
     return {name: round(median(values), 4) for name, values in times.items()}

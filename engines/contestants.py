@@ -17,13 +17,13 @@ from lehr.engines.roofline import Bound, bound, measured_roof, roof_of, stored_b
 from lehr.engines.target import target as find_target
 from lehr.runtime import engine as engines
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.calibrated import recipe_of
 from lehr.runtime.denoiser import synthetic_conditions
 from lehr.runtime.engine import STEP, EngineRecord
 from lehr.runtime.errors import BundleError, IncompatibleEngine, InvalidInput, MissingExtra, RunFailed
 from lehr.runtime.golden import INDEX_FILE, read
 from lehr.runtime.host import cpu_features
 from lehr.runtime.noise import batch_normal
-from lehr.runtime.recipe import recipe as find_recipe
 
 Array = npt.NDArray[Any]
 
@@ -168,7 +168,7 @@ def least_time(bundle: Bundle, record: EngineRecord, feeds: Mapping[str, Array])
     """What one evaluation by an engine could take at least; measured on CPUs, published figures for GPUs."""
     entry, recipe, machine = (
         bundle.manifest.graphs[STEP],
-        find_recipe(record.recipe),
+        recipe_of(bundle, record.recipe),
         find_target(record.target),
     )
     roof = roof_of(machine, recipe) if machine.sm else measured_roof()

@@ -18,19 +18,22 @@ from pathlib import Path
 from typing import Any, cast
 
 from lehr.engines.builders import TargetBuilder, candidates
-from lehr.engines.ranges import input_ranges
+from lehr.engines.ranges import Sized, input_ranges
 from lehr.engines.settings import Settings, Weights
 from lehr.engines.target import Target
 from lehr.engines.tensorrt_family import TENSORRT, TensorRtBuilder
 from lehr.runtime import host
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.engine import STEP, rebuild_words
 from lehr.runtime.errors import BuildFailed, BundleError, InvalidInput, MissingExtra
 from lehr.runtime.kits import RECORD, KitRecord, find_kit, kit_folder
+from lehr.runtime.manifest import GraphEntry
+from lehr.runtime.precision_schedule import graph_of
 from lehr.runtime.recipe import Recipe
 
 VARIANTS: tuple[frozenset[str], ...] = (frozenset(), frozenset({"Attention"}))  # operators in pieces
 
-Lowered = Callable[[str, Path], Path]  # a graph's name and a scratch folder -> the graph in the recipe's format
+Lowered = Callable[[str, Path], Path]  # a plan's name and a scratch folder -> its graph in the recipe's format
 
 
 def elsewhere(target: Target, recipe: Recipe, library: str = "auto") -> bool:
@@ -64,9 +67,12 @@ def make(
     target: Target,
     recipe: Recipe,
     *,
+    plans: Mapping[str, GraphEntry],
+    spec: Sized,
     lowered: Lowered,
     sources: Mapping[str, str],
     options: Sequence[str],
+    stage: str | None = None,
 ) -> KitRecord:
     """Write a kit into the bundle; an older one of this target and recipe is replaced.
 
@@ -74,9 +80,12 @@ def make(
         bundle: with weights.
         target: that builds with TensorRT.
         recipe: that it runs.
-        lowered: makes a graph in the recipe's format.
+        plans: of the engine: name -> the graph that it comes from.
+        spec: that the graphs' sizes follow from.
+        lowered: makes a plan's graph in the recipe's format.
         sources: what the graphs are made of, by SHA-256.
         options: of the command line, which the device must be given as well.
+        stage: that the engine will compute; None for the denoiser.
 
     Raises:
         BundleError: the bundle holds no weights.
@@ -93,12 +102,12 @@ def make(
     graphs: dict[str, dict[str, str]] = {}
     profiles: dict[str, Any] = {}
     with bundle.edit() as edit, tempfile.TemporaryDirectory(prefix="lehr-kit-") as scratch:
-        into = edit.folder(kit_folder(target.name, recipe.name))
-        for name, graph in bundle.manifest.graphs.items():
+        into = edit.folder(kit_folder(target.name, recipe.name, stage))
+        for name, graph in plans.items():
             if graph.weights is None:
                 raise BundleError(f"{bundle.root.name} holds structure only, no weights. Export it with them.")
             bundle.path(graph.weights)  # checks the hash: the weights are read through the graph
-            ranges = input_ranges(graph.signature, bundle.manifest.model)
+            ranges = input_ranges(graph.signature, spec)
             profiles[name] = {key: given.to_json() for key, given in ranges.items()}
             graphs[name] = {}
             work = Path(scratch) / name
@@ -122,10 +131,8 @@ def make(
             sources=dict(sources),
             graphs=graphs,
             profiles=profiles,
-            command=(
-                *("lehr", "build", bundle.root.name, "--target", target.name, "--recipe", recipe.name),
-                *options,
-            ),
+            command=(*rebuild_words(bundle, target.name, recipe.name, stage), *options),
+            stage=stage,
         )
         edit.add_json(f"{record.folder}/{RECORD}", record.to_json())
     return record
@@ -187,13 +194,13 @@ class Kit:
     builder: TargetBuilder
 
 
-def open_kit(bundle: Bundle, target: str, recipe: str, library: str) -> Kit | None:
+def open_kit(bundle: Bundle, target: str, recipe: str, library: str, stage: str | None = None) -> Kit | None:
     """The bundle's kit for an engine of ``library``, its files checked; None if there is none.
 
     Raises:
         BundleError: a damaged kit, or one of other graphs or weights.
     """
-    record = find_kit(bundle, target, recipe)
+    record = find_kit(bundle, target, recipe, stage)
     if record is None or record.library != library:
         return None
     for name in bundle.names(f"{record.folder}/"):
@@ -202,7 +209,9 @@ def open_kit(bundle: Bundle, target: str, recipe: str, library: str) -> Kit | No
         name: {key: bundle.path(f"{record.folder}/{file}") for key, file in files.items()}
         for name, files in record.graphs.items()
     }
-    if absent := sorted(set(bundle.manifest.graphs) ^ set(paths)) or sorted(n for n in paths if "" not in paths[n]):
+    wanted = set(bundle.manifest.graphs) if stage is None else {STEP}
+    bare = sorted(name for name in paths if "" not in paths[name])
+    if absent := sorted(wanted ^ set(map(graph_of, paths))) or bare:
         raise BundleError(f"the build kit in {record.folder} has no graph {absent[0]!r}. Make it again.")
     builder = KitBuilder(
         module=TENSORRT.module,

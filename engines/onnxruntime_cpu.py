@@ -22,6 +22,7 @@ from lehr.engines.settings import DEFAULT, Settings
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed
+from lehr.runtime.precision_schedule import graph_of
 from lehr.runtime.recipe import Format, Recipe
 from lehr.runtime.whole_loop import LOOP
 
@@ -59,7 +60,7 @@ def build(
     if recipe.arithmetic not in FORMATS:
         raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it has no {recipe.arithmetic.value}.")
     # A graph that runs once reads each weight once: rearranging them all first would only take time and memory.
-    options = {"intra_op_threads": threads, "spinning": False, "prepacking": name in (STEP, LOOP)}
+    options = {"intra_op_threads": threads, "spinning": False, "prepacking": graph_of(name) in (STEP, LOOP)}
     if recipe.arithmetic is Format.FP8:
         options["emulated"] = True
     return optimise(graph, feeds, folder, name=name, options=options)[0]
@@ -87,11 +88,11 @@ def optimise(
     made.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     try:
         # A hoisted graph runs once: its 16-bit weights stay as they are stored, not folded into copies twice the size.
-        disabled = [] if name in (STEP, LOOP) else ["ConstantFolding"]
+        disabled = [] if graph_of(name) in (STEP, LOOP) else ["ConstantFolding"]
         if options.get("emulated"):
             disabled = [*disabled, "ReluQuantRewrite"]  # takes the zero of fp8 for the least number, and drops Relus
         open_session(given, made, options, disabled)
-        operators, precision, placement = _inspect(plan, feeds, options)
+        operators, precision, placement = executed(plan, feeds, options)
     except FAILURES as e:
         raise BuildFailed(f"ONNX Runtime cannot build {graph.name}: {e}") from e
     options = {**options, "in_pieces": apart}
@@ -115,7 +116,7 @@ def in_pieces(graph: Path) -> tuple[Path | bytes, list[str]]:
     return ir.to_proto(model).SerializeToString(), found
 
 
-def _inspect(
+def executed(
     plan: Path, feeds: Mapping[str, Array], options: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, float], Placement]:
     """Run one evaluation under ONNX Runtime's profiler and count what ran, by operator, element type and provider.

@@ -15,7 +15,7 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from lehr.runtime.backends import backend
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, BundleError, RunFailed
 from lehr.runtime.parity import relative_error
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format, Recipe, Scope
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -100,8 +100,10 @@ def build_for_device(
     import openvino as ov  # isort: skip
 
     settings.hold("OpenVINO", HEEDS)
-    asked = recipe.rest if recipe.calibrated else recipe.arithmetic
-    if asked not in precisions or (recipe.arithmetic is not asked and recipe.arithmetic not in QUANTISED):
+    matrices = recipe.scope is Scope.MATRICES  # the graph says which: OpenVINO's hint is for what it does not say
+    asked = recipe.rest if recipe.calibrated or matrices else recipe.arithmetic
+    known = {*QUANTISED, *(precisions if matrices else ())}
+    if asked not in precisions or (recipe.arithmetic is not asked and recipe.arithmetic not in known):
         have = ", ".join(sorted(form.value for form in precisions))
         raise BuildFailed(f"OpenVINO cannot build recipe {recipe.name!r} on a {device}; it has {have}.")
     options = {
@@ -113,9 +115,17 @@ def build_for_device(
     plan = folder / f"{name}.blob"
     core = ov.Core()
     try:
-        compiled = core.compile_model(core.read_model(graph), device, configuration(options))
+        model = core.read_model(graph)
+        meant = matrices and _has_products(model, precisions[recipe.arithmetic])
+        compiled = core.compile_model(model, device, configuration(options))
         outputs = OpenVinoSession(compiled).run(feeds)  # kernels are chosen in the first run
-        operators, precision = _inspect(compiled, str(options["precision"]), graph.name, quantised=recipe.calibrated)
+        also = INTEGERS if recipe.calibrated else {precisions[recipe.arithmetic]} if matrices else frozenset[str]()
+        operators, precision = _inspect(compiled, str(options["precision"]), graph.name, also=also)
+        if meant and not precision.get(TYPES[precisions[recipe.arithmetic]]):
+            raise BuildFailed(
+                f"OpenVINO computes nothing of {graph.name} in {recipe.arithmetic.value}, which its graph asks for. "
+                "Choose a recipe that this processor has arithmetic for."
+            )
         plan.write_bytes(compiled.export_model().getbuffer())
         reloaded = BACKEND.load(plan, options).run(feeds)
     except (*FAILURES, RunFailed, BundleError) as e:
@@ -128,13 +138,23 @@ def build_for_device(
     return Plan(file=plan.name, options=options, achieved_precision=precision, operators=operators)
 
 
+def _has_products(model: ov.Model, element: str) -> bool:
+    """Whether a graph multiplies in an element type, by what it says of itself."""
+    return any(
+        op.get_output_size() and op.get_output_element_type(0).to_string() == element
+        for op in model.get_ops()
+        if op.get_type_name() in ARITHMETIC
+    )
+
+
 def _inspect(
-    compiled: ov.CompiledModel, asked: str, graph: str, *, quantised: bool = False
+    compiled: ov.CompiledModel, asked: str, graph: str, *, also: Collection[str] = frozenset()
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Count what runs, by operator and by element type; raises BuildFailed where it is not what was asked for.
 
     Element types are weighed by the operators that compute on floating-point or quantised values. With bf16,
-    OpenVINO keeps some of them in fp32 by itself, sines and ranges among them.
+    OpenVINO keeps some of them in fp32 by itself, sines and ranges among them. ``also`` are the types that the graph
+    itself asks for.
     """
     from lehr.runtime.backends.openvino import precision
 
@@ -152,9 +172,8 @@ def _inspect(
         if element in FLOATING or (kind in ARITHMETIC and element in TYPES):
             types[element] += 1
     given = precision(compiled)
-    known = INTEGERS if quantised else frozenset[str]()
-    foreign = set(types) - {"f32", "f64", asked} - known
-    if given != asked or foreign or (arithmetic and not set(arithmetic) & {asked, *known}):
+    foreign = set(types) - {"f32", "f64", asked, *also}
+    if given != asked or foreign or (arithmetic and not set(arithmetic) & {asked, *also}):
         found = ", ".join(f"{count} in {element}" for element, count in sorted(arithmetic.items()))
         raise BuildFailed(
             f"OpenVINO was asked for {asked} and falls back to {given}: of the matrix products and convolutions in "

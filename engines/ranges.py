@@ -9,15 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 from lehr.engines.settings import Settings
 from lehr.runtime.errors import BuildFailed, InvalidInput
 from lehr.runtime.hoisted import SHAPE_SUFFIX
 from lehr.runtime.spec import Dim, GraphSpec, ModelSpec, TensorSpec
+from lehr.runtime.stage import StageSpec
 
 MAX_BATCH = 16
 MAX_SCALE = 2  # of every other size's default
+
+
+class Sized(Protocol):
+    """Whose dimensions ranges follow from: a ModelSpec or a StageSpec."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def dims(self) -> tuple[Dim, ...]: ...
+
+    def default_sizes(self, **sizes: int) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +51,9 @@ class InputRange:
         return {"min": list(self.min), "opt": list(self.opt), "max": list(self.max), "values": self.values}
 
 
-def limits(dim: Dim) -> tuple[int, int]:
+def limits(dim: Dim, max_batch: int = MAX_BATCH) -> tuple[int, int]:
     """The smallest and the largest size that an engine is built for."""
-    most = max(dim.default, MAX_BATCH if dim.name == "batch" else MAX_SCALE * dim.default)
+    most = max(dim.default, max_batch if dim.name == "batch" else MAX_SCALE * dim.default)
     return -(-dim.min // dim.multiple) * dim.multiple, min(most, dim.max) // dim.multiple * dim.multiple
 
 
@@ -67,9 +80,7 @@ def narrow_sizes(spec: ModelSpec, settings: Settings) -> tuple[dict[str, int], .
     return tuple(sized(batch, given) for batch, given in product(settings.batches or (None,), settings.sizes or ((),)))
 
 
-def input_ranges(
-    signature: GraphSpec, spec: ModelSpec, narrow: Sequence[Mapping[str, int]] = ()
-) -> dict[str, InputRange]:
+def input_ranges(signature: GraphSpec, spec: Sized, narrow: Sequence[Mapping[str, int]] = ()) -> dict[str, InputRange]:
     """The wide range of a graph's inputs, by name.
 
     Args:
@@ -80,20 +91,21 @@ def input_ranges(
     Raises:
         BuildFailed: a size that does not follow from the model's dimensions, or falls where they grow.
     """
+    max_batch = (spec.max_batch if isinstance(spec, StageSpec) else None) or MAX_BATCH
     low = {dim.name: min(limits(dim)[0], *(n[dim.name] for n in narrow), dim.default) for dim in spec.dims}
-    high = {dim.name: max(limits(dim)[1], *(n[dim.name] for n in narrow), dim.default) for dim in spec.dims}
+    high = {dim.name: max(limits(dim, max_batch)[1], *(n[dim.name] for n in narrow), dim.default) for dim in spec.dims}
     return ranges(signature, spec, low, spec.default_sizes(), high)
 
 
 def narrow_ranges(
-    signature: GraphSpec, spec: ModelSpec, narrow: Sequence[Mapping[str, int]]
+    signature: GraphSpec, spec: Sized, narrow: Sequence[Mapping[str, int]]
 ) -> list[dict[str, InputRange]]:
     """A range of one size for each narrow profile; raises what :func:`input_ranges` does."""
     return [ranges(signature, spec, sizes, sizes, sizes) for sizes in narrow]
 
 
 def ranges(
-    signature: GraphSpec, spec: ModelSpec, low: Mapping[str, int], usual: Mapping[str, int], high: Mapping[str, int]
+    signature: GraphSpec, spec: Sized, low: Mapping[str, int], usual: Mapping[str, int], high: Mapping[str, int]
 ) -> dict[str, InputRange]:
     """Ranges of a graph's inputs between sizes of the model's dimensions; raises what :func:`input_ranges` does."""
     shapes = {tensor.name + SHAPE_SUFFIX: tensor for tensor in spec.inputs}

@@ -10,16 +10,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sympy  # type: ignore[import-untyped]  # torch brings it
 import torch
 
 from lehr.runtime.errors import ExportFailed
-from lehr.runtime.spec import Dim, ModelSpec
+from lehr.runtime.spec import Dim, TensorSpec
 
 Sizes = dict[str, int]
 Symbols = dict[sympy.Symbol, sympy.Expr]  # torch's size symbols, in terms of the spec's dimensions
+
+
+class Traceable(Protocol):
+    """What a trace needs to know of a graph: a ModelSpec or a StageSpec."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def dims(self) -> tuple[Dim, ...]: ...
+
+    def dim(self, name: str) -> Dim: ...
 
 
 def dim_symbol(name: str) -> sympy.Symbol:
@@ -40,12 +58,12 @@ def is_dynamic(dim: Dim) -> bool:
     return high > low
 
 
-def trace_sizes(spec: ModelSpec) -> Sizes:
+def trace_sizes(spec: Traceable) -> Sizes:
     """The sizes to trace at: the defaults, but two units where the default is one, which torch would fix."""
     return {dim.name: max(dim.default, 2 * dim.multiple) if is_dynamic(dim) else dim.default for dim in spec.dims}
 
 
-def dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(spec: Traceable) -> dict[str, dict[int, Any]]:
     """For each input, torch's dimension by axis."""
     dims: dict[str, Any] = {}
     for dim in filter(is_dynamic, spec.dims):
@@ -55,15 +73,43 @@ def dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
         else:
             dims[dim.name] = dim.multiple * torch.export.Dim(f"_{dim.name}", min=low, max=high)
     return {
-        tensor.name: {axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims}
+        tensor.name: {axis: _asked(spec, size, dims) for axis, size in enumerate(tensor.shape) if _varies(spec, size)}
         for tensor in spec.inputs
     }
+
+
+def _varies(spec: Traceable, size: int | str) -> bool:
+    """Whether a size of an input's shape is dynamic: a dimension with a range, or a share of one."""
+    return isinstance(size, str) and any(is_dynamic(spec.dim(name)) for name in _named(spec, size))
+
+
+def _named(spec: Traceable, size: str) -> list[str]:
+    return [dim.name for dim in spec.dims if re.search(rf"\b{dim.name}\b", size)]
+
+
+def _asked(spec: Traceable, size: int | str, dims: Mapping[str, Any]) -> Any:
+    """torch's dimension for a size: of "height/2", where height is 8 units, 4 units."""
+    if size in dims:
+        return dims[str(size)]
+    names = _named(spec, str(size))
+    symbol = dim_symbol(names[0])
+    factor = sympy.sympify(size, locals={names[0]: symbol}) / symbol
+    units = factor * spec.dim(names[0]).multiple
+    if len(names) > 1 or not units.is_Integer or units < 1:
+        raise ExportFailed(
+            f"{spec.name}: an input has the size {size!r}, expected a whole number of units of one dimension, as half "
+            "of one that is declared a multiple of 2. Declare the multiple, or give the size a dimension of its own."
+        )
+    low, high = _units(spec.dim(names[0]))
+    multiple = spec.dim(names[0]).multiple
+    root = torch.export.Dim(names[0] if multiple == 1 else f"_{names[0]}", min=low, max=high)
+    return root if units == 1 else int(units) * root
 
 
 # ------------------------------------------------------------------------------------------------ answering
 
 
-def size_symbols(spec: ModelSpec, shapes: Mapping[str, Sequence[Any]], env: Any) -> Symbols:
+def size_symbols(spec: Traceable, shapes: Mapping[str, Sequence[Any]], env: Any) -> Symbols:
     """Read off what torch calls each dimension.
 
     Args:
@@ -75,10 +121,11 @@ def size_symbols(spec: ModelSpec, shapes: Mapping[str, Sequence[Any]], env: Any)
         ExportFailed: torch has turned a dynamic dimension into a number.
     """
     symbols: Symbols = {}
+    declared = {dim.name for dim in spec.dims}
     for tensor in spec.inputs:
         for axis, size in enumerate(tensor.shape):
-            if not isinstance(size, str) or not is_dynamic(spec.dim(size)):
-                continue
+            if not isinstance(size, str) or size not in declared or not is_dynamic(spec.dim(size)):
+                continue  # what is a share of a dimension torch has learnt to be one
             traced = shapes[tensor.name][axis]
             expression = sympy.sympify(traced if isinstance(traced, int) else traced.node.expr)
             free = expression.free_symbols
@@ -100,7 +147,7 @@ def size_symbols(spec: ModelSpec, shapes: Mapping[str, Sequence[Any]], env: Any)
     return symbols
 
 
-def check_guards(spec: ModelSpec, symbols: Symbols, env: Any) -> None:
+def check_guards(spec: Traceable, symbols: Symbols, env: Any) -> None:
     """Raise ExportFailed if the trace does not hold at sizes that the spec allows."""
     guards = list(dict.fromkeys(guard.expr for guard in env.guards))
     constants = {int(c) for guard in guards for c in guard.atoms(sympy.Integer) if c > 1}
@@ -119,7 +166,7 @@ def check_guards(spec: ModelSpec, symbols: Symbols, env: Any) -> None:
             )
 
 
-def probes(spec: ModelSpec, constants: set[int]) -> Iterator[Sizes]:
+def probes(spec: Traceable, constants: set[int]) -> Iterator[Sizes]:
     """Sizes to test: each dimension alone, and all together at their ends. None has a dimension of one unit."""
     base = trace_sizes(spec)
     yield base
@@ -153,7 +200,7 @@ def _compared_with_one(guard: Any) -> Iterator[Any]:
         yield left
 
 
-def check_output(spec: ModelSpec, index: int, shape: Sequence[Any], symbols: Symbols) -> None:
+def check_output(spec: Traceable, index: int, shape: Sequence[Any], symbols: Symbols) -> None:
     """Raise ExportFailed unless the traced shape of output ``index`` is the spec's at every probed size."""
     tensor = spec.outputs[index]
     found = tuple(sympy.sympify(size if isinstance(size, int) else size.node.expr) for size in shape)
@@ -183,7 +230,7 @@ def rewrite(text: str, symbols: Symbols) -> str | int | None:
 # -------------------------------------------------------------------------------------------------- wording
 
 
-def violation(spec: ModelSpec, message: str) -> str | None:
+def violation(spec: Traceable, message: str) -> str | None:
     """A sentence for torch's report of violated constraints; None if ``message`` is none."""
     start = re.search(r"Constraints violated \(([^)]*)\)", message)
     if start is None:
@@ -200,12 +247,12 @@ def violation(spec: ModelSpec, message: str) -> str | None:
     )
 
 
-def _where(spec: ModelSpec, name: str) -> str:
+def _where(spec: Traceable, name: str) -> str:
     tensor = next((tensor for tensor in spec.inputs if name in tensor.shape), spec.inputs[0])
     return f"{spec.name}: dimension {name!r} of input {tensor.name!r}"
 
 
-def _in_names(spec: ModelSpec, text: str) -> str:
+def _in_names(spec: Traceable, text: str) -> str:
     shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
 
     def named(match: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ from lehr.engines.graph.unroll import unroll
 from lehr.engines.graph.weights import (
     WEIGHTS_NAME,
     Storage,
+    WeightSource,
     bind_weights,
     node_count,
     parameter_count,
@@ -80,25 +81,45 @@ def make_graphs(
     if loop is not None:
         table = solver_table(loop.sampler, found.spec.path, found.spec.prediction, loop.num_inference_steps)
         parts[LOOP] = unroll(parts, found.spec, table, guidance_scale=loop.guidance_scale)
-    models = [part.model for part in parts.values()]
     if found.weights is not None:
         progress("streaming weights")
-        bind_weights(models, found.weights, folder / WEIGHTS_NAME, storage=Storage.SOURCE)
-    dims = found.spec.default_sizes()
+    return write_graphs(parts, found.weights, folder, FOLDER, found.spec.default_sizes())
+
+
+def write_graphs(
+    parts: Mapping[str, Part], weights: WeightSource | None, folder: Path, name: str, sizes: Mapping[str, int]
+) -> dict[str, GraphEntry]:
+    """Write graphs that share one weights file, and stream their weights into it.
+
+    Args:
+        parts: by name, which becomes the file's.
+        weights: None for structure only.
+        folder: to write into; that of the bundle called ``name``.
+        name: see there.
+        sizes: default size of every dimension, that operations are counted at.
+
+    Raises:
+        ExportFailed: a graph is not what it should be.
+        InvalidInput: damaged or wrong weights.
+        RunFailed: the disk is full.
+    """
+    models = [part.model for part in parts.values()]
+    if weights is not None:
+        bind_weights(models, weights, folder / WEIGHTS_NAME, storage=Storage.SOURCE)
     entries = {}
-    for name, part in parts.items():
-        file = folder / f"{name}.onnx"
+    for role, part in parts.items():
+        file = folder / f"{role}.onnx"
         save_graph(part.model, file, parts=models)
-        if found.weights is not None:
+        if weights is not None:
             check_graph(file, part.spec)
-        entries[name] = GraphEntry(
-            file=f"{FOLDER}/{file.name}",
-            weights=None if found.weights is None else f"{FOLDER}/{WEIGHTS_NAME}",
+        entries[role] = GraphEntry(
+            file=f"{name}/{file.name}",
+            weights=None if weights is None else f"{name}/{WEIGHTS_NAME}",
             opset=part.model.opset_imports[""],
             parameters=parameter_count(part.model),
             weight_bytes=weight_bytes(part.model),
             nodes=node_count(part.model),
-            flops=total_flops(part.model.graph, dims) // dims["batch"],
+            flops=total_flops(part.model.graph, sizes) // sizes.get("batch", 1),
             signature=part.spec,
         )
     return entries

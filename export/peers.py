@@ -8,6 +8,7 @@ SOURCE is what ``lehr export`` takes, with ``--seed`` 0.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +59,17 @@ def evaluation(source: Source, dtype: torch.dtype, *, compiled: bool = False) ->
 def write_onnx(source: Source, feeds: Feeds, path: Path) -> None:
     """What a user of plain ``torch.onnx.export`` gets: one graph, PyTorch's own translation and optimisation."""
     module = source.runnable().eval().float()
-    inputs = {name: torch.from_numpy(np.array(value)) for name, value in feeds.items()}
+    # PyTorch 2.13 pairs shapes with inputs by their place in forward's signature.
+    order = [name for name in inspect.signature(module.forward).parameters if name in feeds]
+    inputs = {name: torch.from_numpy(np.array(feeds[name])) for name in order}
+    shapes = dynamic_shapes(source.spec)
     with torch.no_grad():
         made = torch.onnx.export(
-            module, kwargs=inputs, dynamo=True, dynamic_shapes=dynamic_shapes(source.spec), opset_version=OPSET
+            module,
+            kwargs=inputs,
+            dynamo=True,
+            dynamic_shapes={name: shapes[name] for name in order},
+            opset_version=OPSET,
         )
     if made is None:
         raise TypeError("torch.onnx.export(dynamo=True) returned no program")

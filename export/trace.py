@@ -33,9 +33,9 @@ from lehr.engines.graph.check import MAX_OPSET, MIN_OPSET
 from lehr.engines.graph.weights import TIED, UNUSED
 from lehr.export import dims
 from lehr.export.decompose import decompose_locally
+from lehr.export.dims import Traceable
 from lehr.export.tidy import tidy
 from lehr.runtime.errors import ExportFailed, InvalidInput
-from lehr.runtime.spec import ModelSpec
 
 # Attention, Gelu, LayerNormalization and GroupNormalization stay whole (20: all but Attention and GroupNormalization
 # in pieces). Against opset 20, ONNX Runtime on one thread: DiT-S/2 .98 × the time with 596 nodes for 752, a small ADM
@@ -47,7 +47,7 @@ _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLi
 _CHATTY = ("torch.onnx", "torch.fx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 
 
-def trace(module: nn.Module, spec: ModelSpec, *, opset: int = DEFAULT_OPSET) -> ir.Model:
+def trace(module: nn.Module, spec: Traceable, *, opset: int = DEFAULT_OPSET) -> ir.Model:
     """Turn ``module`` into an ONNX graph that computes in float32.
 
     Args:
@@ -75,7 +75,7 @@ def trace(module: nn.Module, spec: ModelSpec, *, opset: int = DEFAULT_OPSET) -> 
         program = _export(skeleton, spec, order, fake)
         _check_structure(program, spec)
         values = dict(zip(order, _values(program, program.graph_signature.user_inputs), strict=True))
-        env = values[spec.sample.name].fake_mode.shape_env  # the exporter makes its own
+        env = values[order[0]].fake_mode.shape_env  # the exporter makes its own
         symbols = dims.size_symbols(spec, {name: value.shape for name, value in values.items()}, env)
         dims.check_guards(spec, symbols, env)
         for index, value in enumerate(_values(program, program.graph_signature.user_outputs)):
@@ -98,7 +98,7 @@ def trace(module: nn.Module, spec: ModelSpec, *, opset: int = DEFAULT_OPSET) -> 
 # ------------------------------------------------------------------------------------------- before the trace
 
 
-def _argument_order(module: nn.Module, spec: ModelSpec) -> list[str]:
+def _argument_order(module: nn.Module, spec: Traceable) -> list[str]:
     """The spec's input names in the order of forward's parameters."""
     names = [tensor.name for tensor in spec.inputs]
     signature = inspect.signature(module.forward)
@@ -117,7 +117,7 @@ def _argument_order(module: nn.Module, spec: ModelSpec) -> list[str]:
     return list(bound.arguments)
 
 
-def _skeleton(module: nn.Module, spec: ModelSpec, fake: FakeTensorMode) -> nn.Module:
+def _skeleton(module: nn.Module, spec: Traceable, fake: FakeTensorMode) -> nn.Module:
     """A copy of the module whose stored tensors are fake; what the state dict does not hold keeps its values."""
     stored = set(module.state_dict(keep_vars=True))
     stand_ins: dict[int, Any] = {}
@@ -183,7 +183,7 @@ def _collector_paused() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------- the trace
 
 
-def _export(skeleton: nn.Module, spec: ModelSpec, order: list[str], fake: FakeTensorMode) -> ExportedProgram:
+def _export(skeleton: nn.Module, spec: Traceable, order: list[str], fake: FakeTensorMode) -> ExportedProgram:
     sizes, inputs = dims.trace_sizes(spec), {tensor.name: tensor for tensor in spec.inputs}
     asked = dims.dynamic_shapes(spec)
     try:
@@ -210,7 +210,7 @@ def _export(skeleton: nn.Module, spec: ModelSpec, order: list[str], fake: FakeTe
         raise ExportFailed(sentence) from e
 
 
-def _convert(program: ExportedProgram, spec: ModelSpec, opset: int) -> ir.Model:
+def _convert(program: ExportedProgram, spec: Traceable, opset: int) -> ir.Model:
     whole = program.run_decompositions
 
     def decompose(table: dict[Any, Any]) -> ExportedProgram:
@@ -243,7 +243,7 @@ def _values(program: ExportedProgram, names: Iterable[Any]) -> list[Any]:
     return [nodes[name].meta["val"] for name in names]
 
 
-def _check_structure(program: ExportedProgram, spec: ModelSpec) -> None:
+def _check_structure(program: ExportedProgram, spec: Traceable) -> None:
     """Raise ExportFailed unless forward returned a tensor or a flat tuple of tensors, of the spec's number and kind."""
     tree = program.call_spec.out_spec
     names = [tensor.name for tensor in spec.outputs]
@@ -272,7 +272,7 @@ def _check_structure(program: ExportedProgram, spec: ModelSpec) -> None:
 # ------------------------------------------------------------------------------------------- after the trace
 
 
-def _name_signature(model: ir.Model, spec: ModelSpec, order: list[str]) -> None:
+def _name_signature(model: ir.Model, spec: Traceable, order: list[str]) -> None:
     """Give inputs and outputs the spec's names, sizes and order."""
     graph = model.graph
     clashing = {tensor.name for tensor in (*spec.inputs, *spec.outputs)} & set(graph.initializers)
@@ -297,16 +297,16 @@ def _unbind(model: ir.Model) -> None:
             value.const_value = ir.tensor(raw.detach().contiguous().numpy(), name=name)
 
 
-def _check_operators(model: ir.Model, spec: ModelSpec) -> None:
+def _check_operators(model: ir.Model, spec: Traceable) -> None:
     random = sorted({node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)} & _RANDOM)
     if random:
         raise ExportFailed(
-            f"{spec.name}: forward draws random numbers ({', '.join(random)}); a denoiser is a function of its inputs. "
+            f"{spec.name}: forward draws random numbers ({', '.join(random)}); an engine is a function of its inputs. "
             "Make the noise an input."
         )
 
 
-def _describe(model: ir.Model, module: nn.Module, spec: ModelSpec) -> None:
+def _describe(model: ir.Model, module: nn.Module, spec: Traceable) -> None:
     """Fix what a file says about its making, and note which stored tensors it does without."""
     model.graph.name = spec.name
     model.producer_name, model.producer_version = "lehr", f"torch {torch.__version__.partition('+')[0]}"

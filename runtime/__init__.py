@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lehr.runtime.prediction import Prediction, PredictionKind
     from lehr.runtime.solver_table import SolverTable
     from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
+    from lehr.runtime.text_to_image import PictureRequest, TextToImage
 
 _HOMES = {
     "bundle": ("Bundle",),
@@ -27,6 +28,7 @@ _HOMES = {
     "prediction": ("Prediction", "PredictionKind"),
     "solver_table": ("SolverTable",),
     "spec": ("BATCH", "DType", "Dim", "ModelSpec", "Sampling", "TensorSpec", "Varies"),
+    "text_to_image": ("PictureRequest", "TextToImage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -40,6 +42,7 @@ __all__ = [
     "LehrError",
     "LinearFlow",
     "ModelSpec",
+    "PictureRequest",
     "Pipeline",
     "Prediction",
     "PredictionKind",
@@ -48,6 +51,7 @@ __all__ = [
     "SolverTable",
     "Step",
     "TensorSpec",
+    "TextToImage",
     "Varies",
     "sample",
 ]

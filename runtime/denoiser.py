@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,13 @@ class Preparable(Protocol):
     def announce(self, timesteps: Iterable[float]) -> None: ...
 
     def prepare(self, sample_sizes: Sequence[int], conditions: Sequence[Mapping[str, Array]]) -> None: ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A network whose precision depends on an evaluation's place in its loop."""
+
+    def enter(self, timesteps: Iterable[float]) -> tuple[float, ...]: ...
 
 
 class Denoiser:
@@ -59,8 +67,24 @@ class Denoiser:
         if self._hoisted is None:
             return
         self._hoisted.announce(timesteps)
-        names = {tensor.name for tensor in self.spec.conditions}
-        self._hoisted.prepare(sample_sizes, [given for given in conditions if set(given) == names])
+        names = {tensor.name for tensor in self.spec.fixed}
+        self._hoisted.prepare(sample_sizes, [given for given in conditions if names <= set(given)])
+
+    @contextmanager
+    def loop(self, timesteps: Iterable[float]) -> Iterator[None]:
+        """Say that what is evaluated meanwhile is a loop over these timesteps, in this order.
+
+        Engines with a precision schedule choose by an evaluation's place in it; to all others it means nothing.
+        Outside of a loop the model's own decides (:mod:`lehr.runtime.precision_schedule`).
+        """
+        if not isinstance(self._hoisted, Scheduled):
+            yield
+            return
+        before = self._hoisted.enter(timesteps)
+        try:
+            yield
+        finally:
+            self._hoisted.enter(before)
 
     def __call__(self, sample: Array, timestep: float, conditions: Mapping[str, Array]) -> Array:
         """Evaluate at one timestep for the whole batch.

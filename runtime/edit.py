@@ -36,8 +36,9 @@ from lehr.runtime.commit import (
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.files import checked_path, full_disk_errors, storage_errors, sync_file, sync_folder
 from lehr.runtime.jsonlike import encode_json
-from lehr.runtime.manifest import FileEntry, GraphEntry, Manifest
+from lehr.runtime.manifest import FileEntry, GraphEntry, Manifest, StageEntry
 from lehr.runtime.names import MANIFEST_NAME, folders_of, name_problem
+from lehr.runtime.pipeline_spec import PipelineSpec
 from lehr.runtime.spec import ModelSpec
 
 # ------------------------------------------------------------------------------------------------- one edit
@@ -65,6 +66,8 @@ class Edit:
         self._golden_tier = "none" if before is None else before.golden_tier
         self._parity: Mapping[str, Any] = {} if before is None else before.parity
         self._left_out: Mapping[str, FileEntry] = {} if before is None else before.left_out
+        self._stages: Mapping[str, StageEntry] = {} if before is None else before.stages
+        self._pipeline = None if before is None else before.pipeline
 
     # ----------------------------------------------------------------------------------------- adding files
 
@@ -129,6 +132,17 @@ class Edit:
             raise InvalidInput(f"{self._root} has no file {name!r}, nor was it added")
         return checked_path(self._root, name, self._kept[name])
 
+    def entry(self, name: str) -> FileEntry:
+        """Size and hash of a file as it stands in this edit; one in a fresh folder is read for it.
+
+        Raises:
+            InvalidInput: there is no such file.
+        """
+        if name in self._added:
+            return self._added[name]
+        path = self.path(name)
+        return sync_file(path) if path.is_relative_to(self._staging) else self._kept[name]
+
     def remove(self, name: str) -> list[str]:
         """Remove a file, or all files of a folder, and return the names of those that were there.
 
@@ -156,6 +170,8 @@ class Edit:
         golden_tier: str | None = None,
         parity: Mapping[str, Any] | None = None,
         left_out: Mapping[str, FileEntry] | None = None,
+        stages: Mapping[str, StageEntry] | None = None,
+        pipeline: PipelineSpec | None = None,
     ) -> None:
         """Replace fields of the manifest; None leaves one as it is. A new bundle needs ``model`` and ``source``."""
         self._model = self._model if model is None else model
@@ -166,6 +182,8 @@ class Edit:
         self._golden_tier = self._golden_tier if golden_tier is None else golden_tier
         self._parity = self._parity if parity is None else dict(parity)
         self._left_out = self._left_out if left_out is None else dict(left_out)
+        self._stages = self._stages if stages is None else dict(stages)
+        self._pipeline = self._pipeline if pipeline is None else pipeline
 
     # ------------------------------------------------------------------------------------------- at the end
 
@@ -193,6 +211,8 @@ class Edit:
             golden_tier=self._golden_tier,
             parity=self._parity,
             left_out={name: entry for name, entry in self._left_out.items() if name not in files},
+            stages=self._stages,
+            pipeline=self._pipeline,
         )
         text = encode_json(manifest.to_json(), "manifest")
         if len(text) > MAX_MANIFEST_BYTES:

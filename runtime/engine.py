@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lehr.runtime.backends import Session, backend, drives
 from lehr.runtime.backends.base import DeviceSession
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra
+from lehr.runtime.errors import BundleError, IncompatibleEngine, InvalidInput, MissingExtra
 from lehr.runtime.gpu_engine import gpu_difference, version_difference
 from lehr.runtime.host import host
+from lehr.runtime.lora import DENOISER, Applied
+from lehr.runtime.lora_engine import with_loras
+from lehr.runtime.manifest import GraphEntry
+from lehr.runtime.precision_schedule import Ends, graph_of, plan_of
 from lehr.runtime.refit import FILES
+from lehr.runtime.spec import GraphSpec
+from lehr.runtime.stage import STAGES
 
 RECORD_VERSION = 2
 STEP = "step"  # the graph that runs at every step, and gives an engine its precision
+# Of a record: engines without a precision schedule lack the first two, those of the denoiser the last.
+_OPTIONAL = frozenset({"ends", "end_recipes", "stage"})
 
 _T = TypeVar("_T")
 
@@ -52,6 +61,9 @@ class EngineRecord:
         plans: of every graph, by its name in the manifest; "step" is always there.
         seconds, peak_rss_mb: what the build took.
         candidates: the libraries that were measured against each other, a row each; empty if there was one.
+        ends: of a precision schedule, whose plans are "step.first" and "step.last"; None without.
+        end_recipes: their recipes by the end's name.
+        stage: that it computes, whose only plan is "step"; None for the denoiser.
     """
 
     version: int = RECORD_VERSION
@@ -66,11 +78,14 @@ class EngineRecord:
     seconds: float
     peak_rss_mb: float
     candidates: tuple[Mapping[str, Any], ...] = ()
+    ends: Ends | None = None
+    end_recipes: Mapping[str, str] = field(default_factory=dict)
+    stage: str | None = None
 
     @property
     def folder(self) -> str:
-        """``engines/<target>--<recipe>--<library>-<version>``."""
-        return engine_folder(self.target, self.recipe, self.library, self.library_version)
+        """``engines/<target>--<recipe>--<library>-<version>``, of a stage in the stage's folder."""
+        return engine_folder(self.target, self.recipe, self.library, self.library_version, self.stage)
 
     @property
     def achieved_precision(self) -> Mapping[str, float]:
@@ -82,8 +97,21 @@ class EngineRecord:
         """Of the step graph."""
         return self.plans[STEP].operators
 
+    @property
+    def recipes(self) -> Mapping[str, str]:
+        """Plan of the step graph -> its recipe."""
+        return {STEP: self.recipe, **{plan_of(end): recipe for end, recipe in self.end_recipes.items()}}
+
+    def at(self, timestep: float) -> EngineRecord:
+        """The engine that computes an evaluation outside of a loop: its plan stands for the step graph's."""
+        if self.ends is None:
+            return self
+        return replace(self, plans={**self.plans, STEP: self.plans[plan_of(self.ends.end_of(timestep))]})
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "candidates": [dict(row) for row in self.candidates]}
+        whole = {**asdict(self), "candidates": [dict(row) for row in self.candidates]}
+        whole["ends"] = None if self.ends is None else self.ends.to_json()
+        return {name: value for name, value in whole.items() if name not in _OPTIONAL or value}
 
     @classmethod
     def from_json(cls, data: Any) -> EngineRecord:
@@ -100,9 +128,17 @@ class EngineRecord:
             )
         _check_fields(whole, cls, "the record")
         plans = {name: _plan(plan, f"plans.{name}") for name, plan in _typed(whole["plans"], dict, "plans").items()}
-        if STEP not in plans:
-            raise _damaged(f"plans has no {STEP!r}")
+        ends = None if whole.get("ends") is None else _ends(whole["ends"])
+        end_recipes = _values(whole.get("end_recipes", {}), str, "end_recipes")
+        if set(end_recipes) != set(ends.names if ends else ()):
+            raise _damaged(f"end_recipes are of {reprlib.repr(sorted(end_recipes))}")
+        for needed in (STEP, *map(plan_of, end_recipes)):
+            if needed not in plans:
+                raise _damaged(f"plans has no {needed!r}")
         return cls(
+            ends=ends,
+            end_recipes=end_recipes,
+            stage=None if whole.get("stage") is None else _typed(whole["stage"], str, "stage"),
             target=_typed(whole["target"], str, "target"),
             recipe=_typed(whole["recipe"], str, "recipe"),
             recipe_version=_typed(whole["recipe_version"], int, "recipe_version"),
@@ -120,14 +156,19 @@ class EngineRecord:
         )
 
 
-def engine_folder(target: str, recipe: str, library: str, version: str) -> str:
+def engines_of(stage: str | None) -> str:
+    """The folder, with a final slash, that holds the engines of a stage, or of the denoiser."""
+    return "engines/" if stage is None else f"{STAGES}/{stage}/engines/"
+
+
+def engine_folder(target: str, recipe: str, library: str, version: str, stage: str | None = None) -> str:
     """Where an engine stands in its bundle."""
-    return f"engines/{target}--{recipe}--{library}-{version}"
+    return f"{engines_of(stage)}{target}--{recipe}--{library}-{version}"
 
 
-def engine_folders(bundle: Bundle, target: str, recipe: str) -> list[str]:
+def engine_folders(bundle: Bundle, target: str, recipe: str, stage: str | None = None) -> list[str]:
     """Folders of a bundle's engines for ``target`` and ``recipe``."""
-    start = f"engines/{target}--{recipe}--"
+    start = f"{engines_of(stage)}{target}--{recipe}--"
     return [name.rpartition("/")[0] for name in bundle.names(start) if name.endswith("/build.json")]
 
 
@@ -148,9 +189,16 @@ def _plan(data: Any, where: str) -> Plan:
     )
 
 
+def _ends(data: Any) -> Ends:
+    try:
+        return Ends.from_json(_typed(data, dict, "ends"))
+    except (KeyError, TypeError, ValueError, InvalidInput) as e:
+        raise _damaged(f"ends: {reprlib.repr(str(e))}") from e
+
+
 def _check_fields(data: Mapping[str, Any], kind: type[EngineRecord | Plan], where: str) -> None:
     expected = {f.name for f in fields(kind)}
-    if missing := sorted(expected - set(data)):
+    if missing := sorted(expected - set(data) - _OPTIONAL):
         raise _damaged(f"{where} lacks {', '.join(missing)}")
     if unknown := sorted(set(data) - expected):
         raise _damaged(f"{where} has the unknown field {reprlib.repr(unknown[0])}")
@@ -177,38 +225,88 @@ def _damaged(problem: str) -> BundleError:
 # ---------------------------------------------------------------------------------------------------- find and load
 
 
-def engines(bundle: Bundle) -> list[EngineRecord]:
-    """Every engine in the bundle."""
-    names = [name for name in bundle.names("engines/") if name.endswith("/build.json")]
-    return [EngineRecord.from_json(bundle.read_json(name)) for name in names]
+def engines(bundle: Bundle, stage: str | None = None) -> list[EngineRecord]:
+    """Every engine of the denoiser in the bundle, or of one of its stages."""
+    folders = [name.rpartition("/")[0] for name in bundle.names(engines_of(stage)) if name.endswith("/build.json")]
+    return [_read(bundle, folder, stage) for folder in folders]
 
 
-def find(bundle: Bundle, target: str, recipe: str) -> EngineRecord:
+def _read(bundle: Bundle, folder: str, stage: str | None) -> EngineRecord:
+    record = EngineRecord.from_json(bundle.read_json(f"{folder}/build.json"))
+    if record.stage != stage:
+        raise _damaged(f"it stands in {folder} and is of {record.stage or 'the denoiser'}")
+    return record
+
+
+def find(bundle: Bundle, target: str, recipe: str, stage: str | None = None) -> EngineRecord:
     """The engine for ``target`` and ``recipe``; of several libraries or versions, one that fits this machine.
 
     Raises:
         BundleError: there is none; the message has the command that builds it.
     """
-    folders = engine_folders(bundle, target, recipe)
+    folders = engine_folders(bundle, target, recipe, stage)
     if not folders:
-        have = ", ".join(f"{r.target} {r.recipe}" for r in engines(bundle)) or "none"
+        have = ", ".join(f"{r.target} {r.recipe}" for r in engines(bundle, stage)) or "none"
+        whose = bundle.root.name if stage is None else f"stage {stage!r} of {bundle.root.name}"
         raise BundleError(
-            f"{bundle.root.name} has no {recipe} engine for target {target!r} (engines: {have}). "
-            f"Build it: {rebuild_command(bundle, target, recipe)}"
+            f"{whose} has no {recipe} engine for target {target!r} (engines: {have}). "
+            f"Build it: {rebuild_command(bundle, target, recipe, stage)}"
         )
-    found = [EngineRecord.from_json(bundle.read_json(f"{folder}/build.json")) for folder in folders]
+    found = [_read(bundle, folder, stage) for folder in folders]
     return next((record for record in reversed(found) if _fits(bundle, record)), found[-1])
 
 
-def load(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> Session:
-    """Load one graph of an engine; raises what :func:`check` does."""
+def load(bundle: Bundle, record: EngineRecord, graph: str = STEP, *, loras: Sequence[Applied] = ()) -> Session:
+    """Load one graph of an engine, with LoRAs in its weights; raises what :func:`check` does.
+
+    Raises:
+        IncompatibleEngine: an engine that cannot take LoRAs once it is built.
+        InvalidInput: LoRAs of another model.
+    """
     check(bundle, record, graph)
     plan = record.plans[graph]
-    options = _located(bundle, record, plan.options)
-    session = backend(record.library).load(bundle.path(f"{record.folder}/{plan.file}"), options)
+    options, path = _located(bundle, record, plan.options), bundle.path(f"{record.folder}/{plan.file}")
+    if loras:
+        options = _adapted(bundle, record, graph, options, path, loras)
+    session = backend(record.library).load(path, options)
     if isinstance(session, DeviceSession):
-        session.check_signature(bundle.manifest.graphs[graph].signature)
+        session.check_signature(_signature(bundle, record, graph))
     return session
+
+
+def _signature(bundle: Bundle, record: EngineRecord, graph: str) -> GraphSpec:
+    return _entry(bundle, record, graph).signature
+
+
+def _entry(bundle: Bundle, record: EngineRecord, graph: str) -> GraphEntry:
+    """The portable graph of a plan."""
+    if record.stage is not None:
+        return bundle.manifest.stage(record.stage).graph
+    return bundle.manifest.graphs[graph_of(graph)]
+
+
+def _adapted(
+    bundle: Bundle,
+    record: EngineRecord,
+    graph: str,
+    options: Mapping[str, Any],
+    plan: Path,
+    loras: Sequence[Applied],
+) -> Mapping[str, Any]:
+    """Options of a plan that computes with LoRAs."""
+    entry = _entry(bundle, record, graph)
+    if entry.weights is None:
+        raise IncompatibleEngine(f"{bundle.root.name} holds a structure without weights, which LoRAs would change.")
+    return with_loras(
+        options,
+        loras,
+        record.stage or DENOISER,
+        library=record.library,
+        graph=bundle.path(entry.file),
+        plan=plan,
+        weights=bundle.path(entry.weights),
+        rebuild=rebuild_command(bundle, record.target, record.recipe),
+    )
 
 
 def _located(bundle: Bundle, record: EngineRecord, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -239,7 +337,7 @@ def check(bundle: Bundle, record: EngineRecord, graph: str = STEP) -> None:
             f"Build and run one that it has: lehr build {bundle.root.name} --target cpu"
         )
     wrong = differences(bundle, record)
-    command = rebuild_command(bundle, record.target, record.recipe)
+    command = rebuild_command(bundle, record.target, record.recipe, record.stage)
     if wrong:
         raise IncompatibleEngine(f"{record.folder} does not fit: {'; '.join(wrong)}. Rebuild it here: {command}")
     if graph not in record.plans:
@@ -281,6 +379,12 @@ def _fits(bundle: Bundle, record: EngineRecord) -> bool:
         return False
 
 
-def rebuild_command(bundle: Bundle, target: str, recipe: str) -> str:
+def rebuild_command(bundle: Bundle, target: str, recipe: str, stage: str | None = None) -> str:
     """The command line that makes this engine again."""
-    return f"lehr build {bundle.root.name} --target {target} --recipe {recipe}"
+    return " ".join(rebuild_words(bundle, target, recipe, stage))
+
+
+def rebuild_words(bundle: Bundle, target: str, recipe: str, stage: str | None = None) -> tuple[str, ...]:
+    """:func:`rebuild_command` as a list of words."""
+    which = ("--recipe", recipe) if stage is None else ("--stage", stage, "--stage-recipe", f"{stage}={recipe}")
+    return ("lehr", "build", bundle.root.name, "--target", target, *which)

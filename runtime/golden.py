@@ -156,7 +156,7 @@ def read(bundle: Bundle) -> Golden:
             str(name): Floor(**{**floor, "rel_error": tuple(floor["rel_error"])})
             for name, floor in index["floors"].items()
         }
-        floors |= _stated(bundle, len(steps.timesteps))
+        floors |= _stated(bundle, len(steps.timesteps)) | _borrowed(bundle, floors)
         return Golden(tier=Tier(index["tier"]), steps=steps, trajectories=trajectories, floors=floors)
     except (KeyError, TypeError, ValueError) as e:
         raise BundleError(f"the golden data of {bundle.root.name} is damaged: {e}. Export the model again.") from e
@@ -171,6 +171,20 @@ def _stated(bundle: Bundle, timesteps: int) -> dict[str, Floor]:
         for name, recipe in known.items()
         if recipe.rel_error is not None
     }
+
+
+def _borrowed(bundle: Bundle, floors: Mapping[str, Floor]) -> dict[str, Floor]:
+    """Floors of recipes that are no format and state no loss: that of their format in which eager errs most."""
+    found: dict[str, Floor] = {}
+    recipes = {name: read_calibrated(bundle, name).recipe for name in calibrated_names(bundle)}
+    for name, made in {**RECIPES, **recipes}.items():
+        if made.rel_error is None and (name not in {*floors, "fp32"} or name in recipes):
+            formats = {form.value for form in made.computes}
+            known = [floors[form] for form in sorted(formats) if form in floors]
+            measured = [floor for floor in known if floor.rel_error] or known
+            if measured:
+                found[name] = max(measured, key=lambda floor: max(floor.rel_error, default=0.0))
+    return found
 
 
 def _read_trajectory(bundle: Bundle, case: Mapping[str, Any]) -> Trajectory:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lehr.runtime.host import gpu_compute_capability
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
+LIBRARIES = ("tensorrt", "tensorrt_rtx", "onnxruntime-tensorrt")
 AMPERE = 8.0  # hardware-compatible engines run from here on
 JETSON = ("7.2", "8.7", "11.0")  # and on none of these
 

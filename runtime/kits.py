@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError
+from lehr.runtime.stage import STAGES
 
 KIT_VERSION = 1
 RECORD = "kit.json"
@@ -32,6 +33,7 @@ class KitRecord:
             by "+" ("" for none).
         profiles: for each graph the sizes of its inputs that the engine will take.
         command: what to run on the device.
+        stage: that the engine will compute, whose only graph is "step"; None for the denoiser.
     """
 
     version: int = KIT_VERSION
@@ -44,13 +46,15 @@ class KitRecord:
     graphs: Mapping[str, Mapping[str, str]]
     profiles: Mapping[str, Any]
     command: tuple[str, ...]
+    stage: str | None = None
 
     @property
     def folder(self) -> str:
-        return kit_folder(self.target, self.recipe)
+        return kit_folder(self.target, self.recipe, self.stage)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "command": list(self.command)}
+        whole = {**asdict(self), "command": list(self.command)}
+        return {name: value for name, value in whole.items() if name != "stage" or value is not None}
 
     @classmethod
     def from_json(cls, data: Any) -> KitRecord:
@@ -62,7 +66,7 @@ class KitRecord:
         whole = _typed(data, dict, "the record")
         if whole.get("version") != KIT_VERSION:
             raise _damaged(f"its version is {reprlib.repr(whole.get('version'))}, expected {KIT_VERSION}")
-        if odd := sorted({f.name for f in fields(cls)} ^ set(whole)):
+        if odd := sorted({f.name for f in fields(cls)} ^ {"stage", *whole}):
             raise _damaged(f"the field {odd[0]!r} is missing or unknown")
         graphs = {
             name: _texts(files, f"graphs.{name}") for name, files in _typed(whole["graphs"], dict, "graphs").items()
@@ -77,30 +81,42 @@ class KitRecord:
             graphs=graphs,
             profiles=_typed(whole["profiles"], dict, "profiles"),
             command=tuple(_typed(word, str, "command") for word in _typed(whole["command"], list, "command")),
+            stage=None if whole.get("stage") is None else _typed(whole["stage"], str, "stage"),
         )
 
 
-def kit_folder(target: str, recipe: str) -> str:
+def _kits_of(stage: str | None) -> str:
+    return _PREFIX if stage is None else f"{STAGES}/{stage}/{_PREFIX}"
+
+
+def kit_folder(target: str, recipe: str, stage: str | None = None) -> str:
     """Where a kit stands in its bundle."""
-    return f"{_PREFIX}{target}--{recipe}"
+    return f"{_kits_of(stage)}{target}--{recipe}"
 
 
-def kits(bundle: Bundle) -> list[KitRecord]:
-    """Every kit in the bundle."""
-    names = [name for name in bundle.names(_PREFIX) if name.endswith("/" + RECORD)]
-    return [KitRecord.from_json(bundle.read_json(name)) for name in names]
+def kits(bundle: Bundle, stage: str | None = None) -> list[KitRecord]:
+    """Every kit of the denoiser in the bundle, or of one of its stages."""
+    names = [name for name in bundle.names(_kits_of(stage)) if name.endswith("/" + RECORD)]
+    return [_read(bundle, name, stage) for name in names]
 
 
-def find_kit(bundle: Bundle, target: str, recipe: str) -> KitRecord | None:
+def _read(bundle: Bundle, name: str, stage: str | None) -> KitRecord:
+    record = KitRecord.from_json(bundle.read_json(name))
+    if record.stage != stage:
+        raise _damaged(f"{name} is of {record.stage or 'the denoiser'}")
+    return record
+
+
+def find_kit(bundle: Bundle, target: str, recipe: str, stage: str | None = None) -> KitRecord | None:
     """The kit for ``target`` and ``recipe``, if there is one.
 
     Raises:
         BundleError: a damaged one, or one of graphs or weights that have changed since.
     """
-    name = f"{kit_folder(target, recipe)}/{RECORD}"
+    name = f"{kit_folder(target, recipe, stage)}/{RECORD}"
     if name not in bundle.manifest.files:
         return None
-    record = KitRecord.from_json(bundle.read_json(name))
+    record = _read(bundle, name, stage)
     known = bundle.manifest.known_files
     for source, digest in record.sources.items():
         if source not in known or known[source].sha256 != digest:

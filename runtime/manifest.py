@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lehr.runtime.errors import BundleError, InvalidInput
+from lehr.runtime.errors import BundleError, InvalidInput, UnknownName
 from lehr.runtime.names import MANIFEST_NAME, name_problem, nested_name
+from lehr.runtime.pipeline_spec import PipelineSpec
 from lehr.runtime.spec import GraphSpec, ModelSpec
+from lehr.runtime.stage import StageSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+WITHOUT_STAGES = 2  # what a bundle of a denoiser alone declares: older releases read it as well
 GOLDEN_TIERS = ("none", "steps", "full")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -89,6 +92,18 @@ class GraphEntry:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEntry:
+    """A stage beside the denoiser: its contract, its portable graph, and the recorded eager results, if any."""
+
+    spec: StageSpec
+    graph: GraphEntry
+    golden: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"spec": self.spec.to_json(), "graph": self.graph.to_json(), "golden": self.golden}
+
+
 # ------------------------------------------------------------------------------------------------ manifest
 
 
@@ -106,9 +121,10 @@ class Manifest:
         golden_tier: how much eager data was recorded: "none", "steps" or "full".
         parity: what ``lehr verify`` measured, by engine folder name.
         left_out: files that the bundle had and this copy of it does not hold (:mod:`lehr.runtime.pack`).
+        stages: what else the bundle runs, by name.
+        pipeline: how denoiser and stages make a picture; None where the denoiser stands alone.
     """
 
-    schema_version: int = SCHEMA_VERSION
     model: ModelSpec
     graphs: Mapping[str, GraphEntry]
     files: Mapping[str, FileEntry]
@@ -118,15 +134,26 @@ class Manifest:
     golden_tier: str
     parity: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, FileEntry] = field(default_factory=dict)
+    stages: Mapping[str, StageEntry] = field(default_factory=dict)
+    pipeline: PipelineSpec | None = None
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest one that says all of this."""
+        return SCHEMA_VERSION if self.stages or self.pipeline is not None else WITHOUT_STAGES
 
     @property
     def known_files(self) -> Mapping[str, FileEntry]:
         """Every file of the bundle, those that were left out included."""
         return {**self.left_out, **self.files}
 
+    def stage(self, name: str) -> StageEntry:
+        """The stage called ``name``; raises UnknownName with the closest match."""
+        if name not in self.stages:
+            raise UnknownName("stage", name, self.stages)
+        return self.stages[name]
+
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise InvalidInput(f"schema_version is {self.schema_version}, this Lehr writes {SCHEMA_VERSION}")
         if both := set(self.files) & set(self.left_out):
             raise InvalidInput(f"{min(both)!r} is listed in files and in left_out")
         for name in self.known_files:
@@ -138,6 +165,16 @@ class Manifest:
             for part in (graph.file, graph.weights):
                 if part is not None and part not in self.known_files:
                     raise InvalidInput(f"graphs.{role} refers to {part!r}, which is not listed in files")
+        for name, stage in self.stages.items():
+            if name != stage.spec.name:
+                raise InvalidInput(f"stages.{name} holds the stage {stage.spec.name!r}")
+            for part in (stage.graph.file, stage.graph.weights, stage.golden):
+                if part is not None and part not in self.known_files:
+                    raise InvalidInput(f"stages.{name} refers to {part!r}, which is not listed in files")
+        if self.pipeline is not None:
+            for name, tokenizer in self.pipeline.tokenizers.items():
+                if name not in self.stages or tokenizer.file not in self.known_files:
+                    raise InvalidInput(f"pipeline.tokenizers.{name} has no such stage, or no file {tokenizer.file!r}")
         if self.golden_tier not in GOLDEN_TIERS:
             raise InvalidInput(
                 f"golden_tier is {reprlib.repr(self.golden_tier)}, expected one of {', '.join(GOLDEN_TIERS)}"
@@ -146,6 +183,10 @@ class Manifest:
     # ------------------------------------------------------------------------------------------------ JSON
 
     def to_json(self) -> dict[str, Any]:
+        stages: dict[str, Any] = {}
+        if self.schema_version == SCHEMA_VERSION:
+            stages["stages"] = {name: stage.to_json() for name, stage in self.stages.items()}
+            stages["pipeline"] = None if self.pipeline is None else self.pipeline.to_json()
         return {
             "schema_version": self.schema_version,
             "model": self.model.to_json(),
@@ -157,6 +198,7 @@ class Manifest:
             "golden_tier": self.golden_tier,
             "parity": dict(self.parity),
             "left_out": {name: entry.to_json() for name, entry in self.left_out.items()},
+            **stages,
         }
 
     @classmethod
@@ -169,15 +211,20 @@ class Manifest:
         """
         whole = _typed(data, dict, "the manifest")
         _check_schema(whole)
-        _check_fields(whole, set(cls.__dataclass_fields__), "the manifest")
+        beside = {"stages", "pipeline"}
+        expected = {"schema_version", *cls.__dataclass_fields__}
+        _check_fields(
+            whole, expected if whole["schema_version"] == SCHEMA_VERSION else expected - beside, "the manifest"
+        )
+        whole = {"stages": {}, "pipeline": None, **whole}
         graphs = _typed(whole["graphs"], dict, "graphs")
         files = _typed(whole["files"], dict, "files")
         left_out = _typed(whole["left_out"], dict, "left_out")
         versions = _typed(whole["versions"], dict, "versions")
         command = _typed(whole["command"], list, "command")
+        stages = _typed(whole["stages"], dict, "stages")
         try:
             return cls(
-                schema_version=SCHEMA_VERSION,
                 model=_model(whole["model"]),
                 graphs={role: _graph(item, f"graphs.{role}") for role, item in graphs.items()},
                 files={name: _file(item, f"files.{name}") for name, item in files.items()},
@@ -187,6 +234,8 @@ class Manifest:
                 golden_tier=_typed(whole["golden_tier"], str, "golden_tier"),
                 parity=_typed(whole["parity"], dict, "parity"),
                 left_out={name: _file(item, f"left_out.{name}") for name, item in left_out.items()},
+                stages={name: _stage(item, f"stages.{name}") for name, item in stages.items()},
+                pipeline=None if whole["pipeline"] is None else _pipeline(whole["pipeline"]),
             )
         except InvalidInput as e:
             raise _damaged(str(e)) from e
@@ -226,7 +275,7 @@ def _check_schema(data: Mapping[str, Any]) -> None:
             f"the bundle has schema version {version}, this Lehr reads {SCHEMA_VERSION}. It was made by a newer Lehr: "
             "upgrade with pip install --upgrade lehr, or export it again with this one."
         )
-    if version != SCHEMA_VERSION:
+    if version < WITHOUT_STAGES:
         raise BundleError(
             f"the bundle has schema version {version}, this Lehr reads {SCHEMA_VERSION}. It was made by an older Lehr: "
             "export it again with lehr export."
@@ -271,3 +320,26 @@ def _model(data: Any) -> ModelSpec:
         raise _damaged(f"model lacks {e}") from e
     except (InvalidInput, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise _damaged(_short(f"model: {e}")) from e
+
+
+def _stage(data: Any, where: str) -> StageEntry:
+    entry = _typed(data, dict, where)
+    _check_fields(entry, set(StageEntry.__dataclass_fields__), where)
+    golden = None if entry["golden"] is None else _typed(entry["golden"], str, f"{where}.golden")
+    graph, fields = _graph(entry["graph"], f"{where}.graph"), _typed(entry["spec"], dict, f"{where}.spec")
+    try:
+        return StageEntry(spec=StageSpec.from_json(fields), graph=graph, golden=golden)
+    except KeyError as e:
+        raise _damaged(f"{_short(where)}.spec lacks {e}") from e
+    except (InvalidInput, TypeError, ValueError, AttributeError) as e:
+        raise _damaged(_short(f"{where}.spec: {e}")) from e
+
+
+def _pipeline(data: Any) -> PipelineSpec:
+    fields = _typed(data, dict, "pipeline")
+    try:
+        return PipelineSpec.from_json(fields)
+    except KeyError as e:
+        raise _damaged(f"pipeline lacks {e}") from e
+    except (InvalidInput, TypeError, ValueError, AttributeError) as e:
+        raise _damaged(_short(f"pipeline: {e}")) from e

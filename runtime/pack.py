@@ -11,13 +11,13 @@ from __future__ import annotations
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from lehr.runtime.bundle import Bundle
-from lehr.runtime.calibrated import RECORD, calibrated_folder
+from lehr.runtime.calibrated import RECORD, calibrated_folder, recipe_of
 from lehr.runtime.commit import MAX_MANIFEST_BYTES, parse_manifest
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import BundleError, InvalidInput
@@ -41,7 +41,10 @@ class Packed:
     files: tuple[str, ...]
 
 
-def pack(bundle: Bundle, record: EngineRecord | KitRecord, output: Path, *, golden: bool) -> Packed:
+Part = EngineRecord | KitRecord
+
+
+def pack(bundle: Bundle, record: Part, output: Path, *, golden: bool, stages: Sequence[Part] = ()) -> Packed:
     """Write the archive of one engine, or of the kit from which a device makes its own.
 
     Args:
@@ -49,6 +52,7 @@ def pack(bundle: Bundle, record: EngineRecord | KitRecord, output: Path, *, gold
         record: the engine or the kit.
         output: ends in ``.zip``; replaced in one step.
         golden: whether golden data goes along, with which the device can verify itself.
+        stages: engines or kits of the stages that go along, with their tokenizers.
 
     Raises:
         InvalidInput: a name that does not end in ``.zip``, or a folder that cannot be written.
@@ -59,15 +63,19 @@ def pack(bundle: Bundle, record: EngineRecord | KitRecord, output: Path, *, gold
         raise InvalidInput(f"an archive's name ends in {SUFFIX}, got {output.name!r}.")
     if golden and not bundle.names("golden/"):
         raise BundleError(f"{bundle.root.name} holds no golden data. Export it with --golden steps or full.")
-    stated = f"{calibrated_folder(record.recipe)}/{RECORD}"  # what a quantised recipe is and what it may lose
-    prefixes = [f"{record.folder}/", "tables/", stated, *(["golden/"] if golden else [])]
-    names = sorted(name for prefix in prefixes for name in bundle.names(prefix))
+    recipes = (record.recipe, *(part.name for part in recipe_of(bundle, record.recipe).parts.values()))
+    stated = [f"{calibrated_folder(name)}/{RECORD}" for name in recipes]  # what they are and what they may lose
+    prefixes = [f"{record.folder}/", "tables/", *stated, *(["golden/"] if golden else [])]
+    prefixes += [f"{stage.folder}/" for stage in stages]
+    beside = _beside(bundle, [stage.stage for stage in stages if stage.stage is not None], golden=golden)
+    names = sorted({name for prefix in prefixes for name in bundle.names(prefix)} | beside)
+    folders = {record.folder, *(stage.folder for stage in stages)}
     manifest = replace(
         bundle.manifest,
         files={name: bundle.manifest.files[name] for name in names},
         left_out={name: entry for name, entry in bundle.manifest.known_files.items() if name not in names},
         golden_tier=bundle.manifest.golden_tier if golden else "none",
-        parity={name: found for name, found in bundle.manifest.parity.items() if name == record.folder},
+        parity={name: found for name, found in bundle.manifest.parity.items() if name in folders},
     )
     text = encode_json(manifest.to_json(), "manifest")
     partial = output.with_name(f".{output.name}.partial")
@@ -86,6 +94,15 @@ def pack(bundle: Bundle, record: EngineRecord | KitRecord, output: Path, *, gold
         partial.unlink(missing_ok=True)
         raise
     return Packed(path=output, bytes=size, files=(MANIFEST_NAME, *names))
+
+
+def _beside(bundle: Bundle, stages: Sequence[str], *, golden: bool) -> set[str]:
+    """What stages need beside their engines: tokenizers, and golden data if it goes along."""
+    pipeline = bundle.manifest.pipeline
+    names = {spec.file for name, spec in pipeline.tokenizers.items() if name in stages} if pipeline else set()
+    if golden:
+        names |= {entry.golden for entry in map(bundle.manifest.stage, stages) if entry.golden is not None}
+    return names & set(bundle.manifest.files)
 
 
 def _member(folder: str, name: str, size: int) -> zipfile.ZipInfo:
@@ -125,6 +142,8 @@ def unpack(archive: Path, output: Path) -> Bundle:
                     golden_tier=manifest.golden_tier,
                     parity=manifest.parity,
                     left_out=manifest.left_out,
+                    stages=manifest.stages,
+                    pipeline=manifest.pipeline,
                 )
                 edit.check_added(manifest.files)
     except OSError as e:

@@ -63,6 +63,32 @@ def save_png(path: Path, picture: npt.NDArray[np.uint8]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def save_animation(path: Path, pictures: npt.NDArray[np.uint8], *, milliseconds: int = 500) -> None:
+    """Write (N, H, W, C) pictures as the frames of a ``.gif`` or ``.webp``, shown again and again.
+
+    The file appears whole or not at all. A GIF has 256 colours a frame; a WebP is written without loss.
+    """
+    from PIL import Image
+
+    frames = [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
+    kind = path.suffix.lower()[1:].upper()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        frames[0].save(
+            partial,
+            format=kind,
+            save_all=True,
+            append_images=frames[1:],
+            duration=milliseconds,
+            loop=0,
+            **options,
+        )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_npz(path: Path, samples: npt.NDArray[np.float32]) -> None:
     """Write float32 samples under the name ``samples``; the file appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -74,10 +100,24 @@ def save_npz(path: Path, samples: npt.NDArray[np.float32]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path, channels: int | str, value_range: tuple[float, float]) -> npt.NDArray[np.float32]:
+def load(
+    path: Path,
+    channels: int | str,
+    value_range: tuple[float, float],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+) -> npt.NDArray[np.float32]:
     """A sample from a file: a picture as (C, H, W) in ``value_range``, or the array of a .npz as it is.
 
     A .npz holds the array under ``samples``, or one array alone.
+
+    Args:
+        path: of the file.
+        channels: of the sample; pictures have 1 or 3.
+        value_range: that black and white are mapped to.
+        height: in pixels, that a picture is resized to (Lanczos); None is its own.
+        width: likewise.
 
     Raises:
         InvalidInput: no such file, no picture, an archive with other content, or a model whose samples are no pictures.
@@ -97,7 +137,11 @@ def load(path: Path, channels: int | str, value_range: tuple[float, float]) -> n
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+            converted = image.convert("L" if channels == 1 else "RGB")
+            size = width or converted.width, height or converted.height
+            if size != converted.size:
+                converted = converted.resize(size, Image.Resampling.LANCZOS)
+            pixels = np.asarray(converted, dtype=np.float32)
     except (UnidentifiedImageError, OSError) as e:
         raise InvalidInput(f"cannot read {path} as a picture or a .npz file: {e}") from e
     low, high = value_range

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,26 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, class_conditions, null_conditions
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.guidance import (
+    Evaluate,
+    PerEvaluation,
     classifier_free,
     classifier_guided,
     distilled,
     embedded_scale,
     embedding_names,
+    fed,
     guided,
 )
 from lehr.runtime.hoisted import Residency, load_denoiser
 from lehr.runtime.loop import Network, Step, sample
+from lehr.runtime.lora import Applied
 from lehr.runtime.noise import START, batch_normal, standard_normal
 from lehr.runtime.prediction import PredictionKind
 from lehr.runtime.request import Request
+from lehr.runtime.requested_table import requested_table
 from lehr.runtime.solver_table import SolverTable
-from lehr.runtime.solvers import default_sampler, solver_table
-from lehr.runtime.start import begun_late, fit_mask, fit_sample, keep_known, noised, start_step
-from lehr.runtime.stored_tables import SCHEDULER, StoredTables, choose
-from lehr.runtime.table_fit import check_fits
+from lehr.runtime.start import Known, fit_mask, fit_sample, keep_known, noised, show_known
+from lehr.runtime.stored_tables import StoredTables
 
 __all__ = ["OnProgress", "OnStep", "Pipeline", "Request", "open_denoiser"]
 
@@ -40,16 +43,30 @@ OnProgress = Callable[[int, int], None]
 
 
 def open_denoiser(
-    path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.AUTO
+    path: str | Path,
+    *,
+    target: str = "cpu",
+    recipe: str = "fp32",
+    residency: Residency = Residency.AUTO,
+    loras: Sequence[Applied] = (),
 ) -> Denoiser:
     """The network of a bundle, run by its engine for ``target`` and ``recipe``; ``residency`` says what stays loaded.
 
+    Args:
+        path: the bundle.
+        target: class of machine.
+        recipe: of the engine.
+        residency: which graphs stay in memory.
+        loras: merged into the weights as they are loaded; the engine on disk stays as it is.
+
     Raises:
-        BundleError, IncompatibleEngine: no such engine, a damaged file, or an engine of another machine.
+        BundleError, IncompatibleEngine: no such engine, a damaged file, an engine of another machine, or one that
+            cannot take LoRAs once it is built.
+        InvalidInput: LoRAs of another model.
         MissingExtra: the engine library is not installed.
     """
     bundle = Bundle.open(path)
-    return load_denoiser(bundle, engines.find(bundle, target, recipe), residency=residency)
+    return load_denoiser(bundle, engines.find(bundle, target, recipe), residency=residency, loras=loras)
 
 
 class Pipeline:
@@ -72,6 +89,7 @@ class Pipeline:
     ) -> None:
         self.denoiser, self.guide, self.classifier = denoiser, guide, classifier
         self.tables: Mapping[int, SolverTable] = tables or {}
+        self._opened: Callable[[Sequence[Applied]], Denoiser] | None = None
         spec = denoiser.spec
         for role, other in (("guide", guide), ("classifier", classifier)):
             if other is not None and (other.spec.path != spec.path or other.spec.sample.shape != spec.sample.shape):
@@ -92,37 +110,43 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, target: str = "cpu", recipe: str = "fp32", residency: Residency = Residency.AUTO
+        cls,
+        path: str | Path,
+        *,
+        target: str = "cpu",
+        recipe: str = "fp32",
+        residency: Residency = Residency.AUTO,
+        loras: Sequence[Applied] = (),
     ) -> Pipeline:
         """Load the engine of ``target`` and ``recipe`` from a bundle; raises what :func:`open_denoiser` does."""
-        denoiser = open_denoiser(path, target=target, recipe=recipe, residency=residency)
-        return cls(denoiser, tables=StoredTables(Bundle.open(path)))
+
+        def opened(loras: Sequence[Applied]) -> Denoiser:
+            return open_denoiser(path, target=target, recipe=recipe, residency=residency, loras=loras)
+
+        pipeline = cls(opened(loras), tables=StoredTables(Bundle.open(path)))
+        pipeline._opened = opened
+        return pipeline
+
+    def use_loras(self, loras: Sequence[Applied] = ()) -> None:
+        """Exchange the LoRAs in the weights; without any, the weights are the model's own again, bit for bit.
+
+        Raises what :meth:`open` does, and InvalidInput for a pipeline that was not opened from a bundle.
+        """
+        if self._opened is None:
+            raise InvalidInput("this pipeline was made of a denoiser; open it from its bundle to exchange LoRAs.")
+        self.denoiser = self._opened(loras)
 
     def table(self, request: Request) -> SolverTable:
         """The solver table a request asks for; InvalidInput for one that does not fit the model."""
-        spec = self.denoiser.spec
-        if request.table is not None:
-            check_fits(request.table, spec)
-            return request.table if request.init is None else begun_late(request.table, request.share)
-        if request.sampler in (None, SCHEDULER):
-            asked_for = request.sampler is not None
-            stored = choose(self.tables, spec, request.num_inference_steps, asked_for=asked_for)
-            if stored is not None:
-                if request.eta is not None:
-                    raise InvalidInput(
-                        f"{spec.name}'s {stored.sampler} has its noise fixed in the table, so eta cannot change it; "
-                        "name a native sampler that takes it (--sampler, lehr list samplers)."
-                    )
-                return stored if request.init is None else begun_late(stored, request.share)
-        name = request.sampler or spec.sampling.sampler or default_sampler(spec.path)
-        steps = (
-            spec.sampling.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
-        )
-        begin_at = 0 if request.init is None or steps < 1 else start_step(steps, request.share)
-        return solver_table(name, spec.path, spec.prediction, steps, eta=request.eta, begin_at=begin_at)
+        return requested_table(request, self.denoiser.spec, self.tables)
 
     def __call__(
-        self, request: Request, *, on_step: OnStep | None = None, on_progress: OnProgress | None = None
+        self,
+        request: Request,
+        *,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+        per_evaluation: PerEvaluation | None = None,
     ) -> Array:
         """Draw samples.
 
@@ -132,6 +156,8 @@ class Pipeline:
                 sees every latent, so on a GPU the loop comes back to the host for it.
             on_progress: called with the batch's first sample number and the evaluation's, which on a GPU is then
                 queued and not yet done; raise there to cancel.
+            per_evaluation: makes further inputs of the network at every evaluation, such as a ControlNet's residuals;
+                see :func:`lehr.runtime.guidance.fed`. The loop then stands on the host.
 
         Returns:
             (N, C, H, W) float32 in the model's value range.
@@ -157,7 +183,7 @@ class Pipeline:
             rows = slice(numbers.start, numbers.stop)
             part = self._rows(conditions, rows)
             starts = {name: None if value is None else value[rows] for name, value in given.items()}
-            drawn.append(self._draw(request, table, numbers, part, starts, on_step, on_progress))
+            drawn.append(self._draw(request, table, numbers, part, starts, on_step, on_progress, per_evaluation))
         samples: Array = np.concatenate(drawn)
         broken = [int(k) for k in np.flatnonzero(~np.isfinite(samples).all(axis=tuple(range(1, samples.ndim))))]
         if broken:
@@ -178,6 +204,7 @@ class Pipeline:
         starts: Mapping[str, Array | None],
         on_step: OnStep | None,
         on_progress: OnProgress | None,
+        per_evaluation: PerEvaluation | None,
     ) -> Array:
         """The samples ``numbers``; ``starts`` holds their rows of init, mask and noisy."""
         shape = self.denoiser.spec.sample_shape(1, **request.sizes)[1:]
@@ -200,28 +227,38 @@ class Pipeline:
             return noise(1 + request.first_noise + j)
 
         init, mask, noisy = starts["init"], starts["mask"], starts["noisy"]
-        network = self._network(request, table, conditions, numbers)
+        network = self._network(request, table, conditions, numbers, per_evaluation)
+        from_noise = request.known is Known.INPUT and mask is not None and request.share == 1.0
         if noisy is not None:
             x_T = np.array(noisy)
-        elif init is not None:
+        elif init is not None and not from_noise:
             x_T = noised(table, init, noise(START))
         else:
             x_T = noise(START)
             x_T *= np.float32(table.init_noise_sigma)
         if init is not None and mask is not None:
-            network = keep_known(network, table, init, mask)
-        elif on_step is None and (resident := self.denoiser.resident) is not None and resident.runs(table):
+            if request.known is Known.INPUT:
+                network = show_known(network, table, init, mask, noise(START))
+            else:
+                network = keep_known(network, table, init, mask)
+        elif (
+            on_step is None
+            and per_evaluation is None
+            and (resident := self.denoiser.resident) is not None
+            and resident.runs(table)
+        ):
             linear = self._linear_guidance(request, table, conditions, numbers)
             if linear is not None:
                 self.denoiser.check_loop(x_T.shape, linear[0])
                 return resident.draw(table, x_T, *linear, injected=injected, on_queued=passed)
-        final = sample(
-            network,
-            table,
-            x_T,
-            injected=injected,
-            on_step=None if on_step is None and on_progress is None else report,
-        )
+        with self.denoiser.loop(table.timesteps), (self.guide or self.denoiser).loop(table.timesteps):
+            final = sample(
+                network,
+                table,
+                x_T,
+                injected=injected,
+                on_step=None if on_step is None and on_progress is None else report,
+            )
         # The loop leaves the known region within rounding; it is given, so it is given back exactly.
         return final if init is None or mask is None else np.where(mask == 0, init, final)
 
@@ -267,9 +304,14 @@ class Pipeline:
     # --------------------------------------------------------------------------------------------- guidance
 
     def _network(
-        self, request: Request, table: SolverTable, conditions: Mapping[str, Array], numbers: range
+        self,
+        request: Request,
+        table: SolverTable,
+        conditions: Mapping[str, Array],
+        numbers: range,
+        per_evaluation: PerEvaluation | None,
     ) -> Network:
-        network = self._guided(request, table, conditions, numbers)
+        network = self._guided(request, table, conditions, numbers, per_evaluation)
         if self.classifier is None:
             return network
         classes = self.classifier.spec.num_classes
@@ -278,10 +320,19 @@ class Pipeline:
         labels = class_conditions(self.classifier.spec, _labels(request, classes, numbers))
         return classifier_guided(network, self.classifier, labels, table, request.classifier_scale)
 
-    def _guided(self, request: Request, table: SolverTable, conditions: Mapping[str, Array], numbers: range) -> Network:
+    def _guided(
+        self,
+        request: Request,
+        table: SolverTable,
+        conditions: Mapping[str, Array],
+        numbers: range,
+        per_evaluation: PerEvaluation | None,
+    ) -> Network:
         spec, guidance, batch = self.denoiser.spec, request.guidance, len(numbers)
         given = self._rows(request.unconditional, slice(numbers.start, numbers.stop))
-        evaluate = self.denoiser if table.variance is None else self.denoiser.with_variance
+        evaluate: Evaluate = self.denoiser if table.variance is None else self.denoiser.with_variance
+        if per_evaluation is not None:
+            evaluate = fed(evaluate, per_evaluation, numbers)
         default = spec.sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale
         embedded = [name for name in embedding_names(spec) if name not in conditions]
         if embedded and self.guide is None:

@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 
 STORED = "stored"
 FILES = "files"  # added to the plain values of build.json when the plan is located: paths by "stored" and "beside"
+CHANGED = "changed"  # values of stored weights that stand in for them, by name, each with its element type
 MAX_HEADER = 100_000_000  # bytes; what safetensors itself allows
 _KINDS = {"F32": "float32", "F16": "float16", "F64": "float64", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _KINDS |= {"I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -56,12 +57,17 @@ def refit(library: Any, engine: Any, log: Said, sources: Mapping[str, Any], plan
     except (KeyError, TypeError) as e:
         raise BundleError(f"{plan.name} records no source for its weights ({e}). {again}") from e
     refitter = library.Refitter(engine, log.logger)
+    changed = sources.get(CHANGED, {})
     held = []  # the library reads them when it refits
     for name in refitter.get_all_weights():
         if name not in tensors:
             raise BundleError(f"{plan.name} wants weights {name!r}, which its record does not have. {again}")
         file, key, dtype = tensors[name]
-        array = file.read(key, dtype)
+        if key in changed and sources["tensors"][name]["in"] == STORED:
+            given, after = changed[key]
+            array = after if given == dtype else rounded(after, given, dtype)
+        else:
+            array = file.read(key, dtype)
         held.append(array)
         kind = getattr(library.DataType, _ENGINE_KINDS[dtype])
         if not refitter.set_named_weights(name, library.Weights(kind, array.ctypes.data, array.size)):
@@ -88,6 +94,24 @@ class TensorFile:
             raise self._damaged(str(e)) from e
         self._start = 8 + size
         self._header: Mapping[str, Any] = header if isinstance(header, dict) else {}
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors in the file."""
+        return tuple(name for name in self._header if name != "__metadata__")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor; raises BundleError where there is none."""
+        try:
+            return tuple(int(size) for size in self._header[name]["shape"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise self._damaged(f"it has no readable tensor {name!r}") from e
+
+    def kind(self, name: str) -> str:
+        """Its element type; raises BundleError for a tensor that is not there, or one of another kind of type."""
+        try:
+            return _KINDS[self._header[name]["dtype"]]
+        except (KeyError, TypeError) as e:
+            raise self._damaged(f"it has no readable tensor {name!r}") from e
 
     def read(self, name: str, dtype: str) -> Array:
         """A tensor's values as ``dtype``, flat; bfloat16 as uint16 bits.

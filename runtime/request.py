@@ -13,7 +13,7 @@ from lehr.runtime.errors import InvalidInput
 from lehr.runtime.guidance.setting import Guidance
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.spec import BATCH
-from lehr.runtime.start import check_strength
+from lehr.runtime.start import Known, check_strength
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,7 @@ class Request:
         init: (C, H, W) or (num, C, H, W): start from this x_0 with noise on it (img2img), not from noise alone.
         strength: with ``init``, the share of the steps that is run, in (0, 1]; by default 0.8, with a mask 1.
         mask: with ``init``, 1 where it is redrawn and 0 where it is kept: (H, W), (C, H, W) or one a sample.
+        known: how a mask's known region is held. With ``Known.INPUT`` and strength 1 the loop starts from noise alone.
         noisy: (num, C, H, W): x_t at ``table``'s first evaluation, from a loop that ended there.
         first_noise: number of the first injected noise; a loop that goes on from ``noisy`` counts on.
     """
@@ -65,6 +66,7 @@ class Request:
     init: Array | None = None
     strength: float | None = None
     mask: Array | None = None
+    known: Known = Known.ESTIMATE
     noisy: Array | None = None
     first_noise: int = 0
 

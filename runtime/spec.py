@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cache
@@ -131,7 +131,8 @@ def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> int | None:
 class TensorSpec:
     """One input or output. ``shape`` mixes fixed sizes with names of :class:`Dim`.
 
-    Between the graphs of one model a size may also be an expression of such names, ``"height*width/4"``.
+    A size may also be an expression of such names, as ``"height/2"``: a multiple or a share of a dimension that an
+    earlier input has by its name. Between the graphs of one model any expression may stand, ``"height*width/4"``.
     """
 
     name: str
@@ -244,9 +245,9 @@ class ModelSpec:
         if len(set(names)) != len(names):
             raise InvalidInput(f"tensor names must differ, got {names}")
         declared = {dim.name for dim in self.dims}
-        used = {size for tensor in (*self.inputs, *self.outputs) for size in tensor.shape if isinstance(size, str)}
-        if used - declared:
-            raise InvalidInput(f"shapes use {sorted(used - declared)} but dims declare only {sorted(declared)}")
+        unknown = undeclared((*self.inputs, *self.outputs), declared)
+        if unknown:
+            raise InvalidInput(f"shapes use {unknown} but dims declare only {sorted(declared)}")
         if (self.num_classes is not None) != any(tensor.name == "class_labels" for tensor in self.inputs):
             raise InvalidInput("num_classes and an input named class_labels come together")
         for tensor in self.inputs:
@@ -275,6 +276,11 @@ class ModelSpec:
     @property
     def conditions(self) -> tuple[TensorSpec, ...]:
         return self.inputs[2:]
+
+    @property
+    def fixed(self) -> tuple[TensorSpec, ...]:
+        """The conditions that stay as they are while a loop runs; the others are made anew at every evaluation."""
+        return tuple(tensor for tensor in self.conditions if tensor.varies is not Varies.SAMPLE)
 
     def dim(self, name: str) -> Dim:
         return next(dim for dim in self.dims if dim.name == name)
@@ -360,6 +366,13 @@ class ModelSpec:
         )
 
 
+def undeclared(tensors: Iterable[TensorSpec], declared: Collection[str]) -> list[str]:
+    """Sizes that are neither declared dimensions nor expressions of them, such as "height/2"."""
+    ones = dict.fromkeys(declared, MAX_EXPRESSION)  # a value of which no quotient is 0
+    sizes = {size for tensor in tensors for size in tensor.shape if isinstance(size, str)}
+    return sorted(size for size in sizes if size_of(size, ones) is None)
+
+
 def bind_shape(tensor: TensorSpec, array: npt.NDArray[Any], dims: tuple[Dim, ...], bound: dict[str, int]) -> None:
     """Check one array against its spec and record in ``bound`` the sizes it fixes."""
     if array.dtype != tensor.dtype.numpy:
@@ -368,11 +381,11 @@ def bind_shape(tensor: TensorSpec, array: npt.NDArray[Any], dims: tuple[Dim, ...
         raise InvalidInput(f"input {tensor.name!r} has shape {array.shape}, expected {tensor.shape}.")
     by_name = {dim.name: dim for dim in dims}
     for size, declared in zip(array.shape, tensor.shape, strict=True):
-        if isinstance(declared, str):
-            by_name[declared].check(size, f"input {tensor.name!r}")
-            if bound.setdefault(declared, size) != size:
+        if declared in by_name:
+            by_name[str(declared)].check(size, f"input {tensor.name!r}")
+            if bound.setdefault(str(declared), size) != size:
                 raise InvalidInput(f"input {tensor.name!r}: {declared} is {size}, other inputs have {bound[declared]}.")
-        elif size != declared:
+        elif size != (size_of(declared, bound) if isinstance(declared, str) else declared):
             raise InvalidInput(f"input {tensor.name!r} has shape {array.shape}, expected {tensor.shape}.")
     if math.prod(array.shape) > MAX_ELEMENTS:
         raise InvalidInput(f"input {tensor.name!r} has {math.prod(array.shape)} elements, at most {MAX_ELEMENTS}.")

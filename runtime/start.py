@@ -3,12 +3,14 @@
 Inpainting holds the known region by its x_0 estimate: wherever the mask is 0, D is the given sample, so the loop
 itself keeps that region at alpha_t x_0 + sigma_t eps, the noise level of every evaluation, in any sampler. For DDIM
 this equals blending the latent after each step (Lugmayr et al. 2022, arXiv:2201.09865, equation 8, with one noise).
+:class:`Known` also has that blending itself, which is what diffusers' pipelines do.
 
 Shape legend: B batch, C channels, H W height and width.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,13 @@ from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.table_cut import tail
 
 Array = npt.NDArray[Any]
+
+
+class Known(str, Enum):
+    """How inpainting holds the known region."""
+
+    ESTIMATE = "estimate"  # its x_0 estimate is the given sample
+    INPUT = "input"  # the network is shown it at its noise level, from the second evaluation on, as diffusers does
 
 
 def check_strength(strength: float) -> None:
@@ -128,3 +137,29 @@ def keep_known(network: Network, table: SolverTable, x_0: Array, mask: Array) ->
         return output
 
     return held
+
+
+def show_known(network: Network, table: SolverTable, x_0: Array, mask: Array, noise: Array) -> Network:
+    """``network`` shown alpha x_0 + sigma eps in the known region from the second evaluation on, one loop at a time.
+
+    The loop is linear element by element, so what it does to the known region itself reaches no other element: for a
+    mask of 0 and 1 this is diffusers' blending after every step, whatever the sampler.
+
+    Args:
+        network: of the loop.
+        table: the solver table that the loop runs.
+        x_0: (B, C, H, W) the known sample.
+        mask: (B, C, H, W), 1 where it is redrawn.
+        noise: (B, C, H, W) eps, the noise that the loop starts from.
+    """
+    evaluations = Evaluations(table)
+    scales = np.asarray(table.prediction.input_scale(table.alphas, table.sigmas))
+
+    def shown(sample: Array, timestep: float) -> Array:
+        i = evaluations.advance(timestep)
+        if i > 0:
+            alpha, sigma = np.float32(table.alphas[i] * scales[i]), np.float32(table.sigmas[i] * scales[i])
+            sample = (mask * sample + (1 - mask) * (alpha * x_0 + sigma * noise)).astype(sample.dtype)
+        return network(sample, timestep)
+
+    return shown

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
-from lehr.runtime.engine import EngineRecord
+from lehr.runtime.engine import STEP, EngineRecord
 from lehr.runtime.errors import RunFailed
 from lehr.runtime.golden import Golden, Trajectory, read
 from lehr.runtime.guidance import classifier_free
@@ -49,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """All rungs of one engine. It passes only if L0 and L1 pass and nothing that was judged fails."""
+    """All rungs of one engine, of a stage L0 and L1. It passes only if those pass and nothing that was judged fails."""
 
     engine: str
     levels: Mapping[str, Level]
@@ -57,7 +57,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         judged = {name: level.passed for name, level in self.levels.items()}
-        return judged["L0"] is True and judged["L1"] is True and judged["L2"] is not False
+        return judged["L0"] is True and judged["L1"] is True and judged.get("L2") is not False
 
     def to_json(self) -> dict[str, Any]:
         levels = {name: level.to_json() for name, level in self.levels.items()}
@@ -134,7 +134,8 @@ def replay(denoiser: Denoiser, trajectory: Trajectory) -> tuple[Array, list[floa
     def on_step(step: Step) -> None:
         drift.append(relative_error(trajectory.inputs[step.index], step.sample))
 
-    final = sample(network, trajectory.table, trajectory.x_T, on_step=on_step)
+    with denoiser.loop(trajectory.table.timesteps):
+        final = sample(network, trajectory.table, trajectory.x_T, on_step=on_step)
     resident, table = denoiser.resident, trajectory.table
     if resident is not None and resident.runs(table):
         guided = trajectory.guidance_scale != 1.0
@@ -158,8 +159,11 @@ def value_problem(output: Array) -> str | None:
 
 def precision_problem(record: EngineRecord) -> str | None:
     """How what the engine computes in differs from its recipe; None if it does not."""
-    if record.recipe == "fp32" and set(record.achieved_precision) - {"float", "double"}:
-        return f"recipe fp32 but the engine computes in {sorted(record.achieved_precision)}"
+    for plan, recipe in record.recipes.items():
+        found = record.plans[plan].achieved_precision
+        if recipe == "fp32" and set(found) - {"float", "double"}:
+            where = "the engine" if plan == STEP else f"its {plan.partition('.')[2]} steps"
+            return f"recipe fp32 but {where} computes in {sorted(found)}"
     return None
 
 
@@ -170,6 +174,8 @@ def _structure(denoiser: Denoiser, record: EngineRecord, golden: Golden) -> Leve
     """L0: signature and shapes as the spec says, outputs finite and not constant, precision as the recipe says."""
     steps = golden.steps
     measures: dict[str, Any] = {"achieved_precision": dict(record.achieved_precision)}
+    if record.ends is not None:
+        measures["ends"] = {plan: dict(record.plans[plan].achieved_precision) for plan in list(record.recipes)[1:]}
     try:
         output = denoiser(steps.inputs[0], float(steps.timesteps[0]), steps.conditions)
     except RunFailed as e:

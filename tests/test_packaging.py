@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("export", "calibration", "engines", "runtime", "ci")
 METADATA = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 DATA = (
+    "export/reference/emoji/*.json",
     "export/reference/weights/*.safetensors",
     "export/reference/weights/*.json",
+    "export/reference/weights/*.txt",
     "export/backbones/*.json",
     "engines/targets/*.toml",
     "runtime/kernels/*",

@@ -12,6 +12,7 @@ d channels of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -246,6 +247,8 @@ class Flux(nn.Module):
         img_ids: Tensor,
         txt_ids: Tensor,
         guidance: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
+        single_residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Evaluate the network.
 
@@ -257,10 +260,38 @@ class Flux(nn.Module):
             img_ids: (L, axes) float, position of each picture token: 0, row, column.
             txt_ids: (M, axes) float, zeros.
             guidance: (B,) float, the guidance scale; for guidance-distilled models.
+            residuals: a ControlNet's, (B, L, D) each, of which each is added behind several double-stream blocks.
+            single_residuals: the same for single-stream blocks.
 
         Returns:
             (B, L, in_channels), the flow eps - x_0.
         """
+        img, txt, vec, pe = self.embed(
+            hidden_states, timestep, encoder_hidden_states, pooled_projections, img_ids, txt_ids, guidance
+        )
+        for k, block in enumerate(self.double_blocks):
+            img, txt = block(img, txt, vec, pe)
+            if residuals:
+                img = img + residuals[k // -(-len(self.double_blocks) // len(residuals))]
+        x, split = torch.cat([txt, img], dim=1), txt.shape[1]  # (B, N, D)
+        for k, block in enumerate(self.single_blocks):
+            x = block(x, vec, pe)
+            if single_residuals:
+                added = single_residuals[k // -(-len(self.single_blocks) // len(single_residuals))]
+                x = torch.cat([x[:, :split], x[:, split:] + added], dim=1)
+        return self.final_layer(x[:, split:], vec)
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """What the blocks take: img (B, L, D), txt (B, M, D), vec (B, D) and the rotation of every position."""
         p = self.params
         if p.guidance_embed != (guidance is not None):
             raise ValueError(f"this model {'needs' if p.guidance_embed else 'takes no'} guidance input")
@@ -268,13 +299,7 @@ class Flux(nn.Module):
         vec = self.time_in(scaled_sinusoid(timestep)) + self.vector_in(pooled_projections)
         if guidance is not None:
             vec = vec + self.guidance_in(scaled_sinusoid(guidance))
-        pe = rotary(torch.cat([txt_ids, img_ids]), p.axes_dim, p.theta, dtype=img.dtype)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
-        x = torch.cat([txt, img], dim=1)  # (B, N, D)
-        for block in self.single_blocks:
-            x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return img, txt, vec, rotary(torch.cat([txt_ids, img_ids]), p.axes_dim, p.theta, dtype=img.dtype)
 
 
 # ------------------------------------------------------------------------------------------------- presets

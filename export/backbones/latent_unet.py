@@ -11,6 +11,7 @@ E embedding channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -311,13 +312,23 @@ class LatentUNet(nn.Module):
         fixed = sinusoidal_embedding(timestep, self.params.model_channels).to(first.weight.dtype)
         return self.time_embed(fixed if timestep_cond is None else fixed + self.cond_proj(timestep_cond))
 
-    def denoise(self, sample: Tensor, emb: Tensor, context: Tensor, sample_cond: Tensor | None) -> Tensor:
+    def denoise(
+        self,
+        sample: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        sample_cond: Tensor | None,
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
         """The U itself, once all else that conditions it is an embedding (B, E) and a context (B, S, D)."""
         x, skips = sample if sample_cond is None else torch.cat([sample, sample_cond], dim=1), []
         for block in self.input_blocks:
             x = block(x, emb, context)
             skips.append(x)
         x = self.middle_block(x, emb, context)
+        if residuals:  # a ControlNet's: of each skip connection, and of the middle
+            *added, middle = residuals
+            skips, x = [skip + residual for skip, residual in zip(skips, added, strict=True)], x + middle
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
         return self.out(x)
@@ -329,6 +340,7 @@ class LatentUNet(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         sample_cond: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Evaluate the network.
 
@@ -338,11 +350,13 @@ class LatentUNet(nn.Module):
             encoder_hidden_states: (B, S, context_dim), the text encoder's tokens.
             timestep_cond: (B, guidance_dim) embedding of the guidance scale, exactly for models that have one.
             sample_cond: (B, condition_channels, H, W) what is joined to the sample, exactly for models that have it.
+            residuals: a ControlNet's, see ``_controlnet.residuals``.
 
         Returns:
             (B, out_channels, H, W).
         """
-        return self.denoise(sample, self.embed(timestep, timestep_cond), encoder_hidden_states, sample_cond)
+        emb = self.embed(timestep, timestep_cond)
+        return self.denoise(sample, emb, encoder_hidden_states, sample_cond, residuals)
 
 
 # ------------------------------------------------------------------------------------------------- presets

@@ -25,9 +25,9 @@ from lehr.export.backbones._layers import (
 )
 from lehr.export.backbones.dit import Attention, CrossAttention
 from lehr.export.backbones.preset import Preset
-from lehr.runtime.paths import VP
-from lehr.runtime.prediction import EPSILON
-from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, TensorSpec, Varies
+from lehr.runtime.paths import VP, LinearFlow, Path
+from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, Prediction
+from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
 
 MASKED = -10_000.0  # added to the scores of padding tokens; finite, so that a row of padding alone stays defined
 
@@ -72,6 +72,16 @@ class Params:
 
 
 # -------------------------------------------------------------------------------------------------- layers
+
+
+def positions(rows: int, columns: int, base_size: int, scale: float, *, like: Tensor) -> Tensor:
+    """Sin-cos table, (1, rows * columns, D) for tokens (B, L, D): any grid covers positions 0 … base_size / scale."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    y, x = (
+        sincos_positions(torch.arange(n, dtype=dtype, device=like.device) * base_size / n / scale, like.shape[-1] // 2)
+        for n in (rows, columns)
+    )
+    return sincos_grid(y, x).to(like.dtype)
 
 
 class CaptionEmbedder(nn.Module):
@@ -163,7 +173,7 @@ class PixArt(nn.Module):
         p = self.params
         rows, columns = hidden_states.shape[2] // p.patch_size, hidden_states.shape[3] // p.patch_size
         x = self.x_embedder(hidden_states)  # (B, L, D)
-        x = x + self.positions(rows, columns, like=x)
+        x = x + positions(rows, columns, p.base_size, p.position_scale, like=x)
         t = self.t_embedder(timestep)  # (B, D)
         if p.size_conditioning:
             if resolution is None or aspect_ratio is None:
@@ -181,24 +191,24 @@ class PixArt(nn.Module):
             x = block(x, modulation, y, mask_bias)
         return unpatchify(self.final_layer(x, t), rows, columns, p.patch_size)
 
-    def positions(self, rows: int, columns: int, *, like: Tensor) -> Tensor:
-        """Sin-cos table, (1, rows * columns, D): any grid covers positions 0 … base_size / position_scale."""
-        p, dtype = self.params, torch.promote_types(like.dtype, torch.float32)
-        y, x = (
-            sincos_positions(
-                torch.arange(n, dtype=dtype, device=like.device) * p.base_size / n / p.position_scale,
-                p.hidden_size // 2,
-            )
-            for n in (rows, columns)
-        )
-        return sincos_grid(y, x).to(like.dtype)
-
 
 # ------------------------------------------------------------------------------------------------- presets
 
 
-def spec(name: str, p: Params, *, size: int) -> ModelSpec:
-    """Inputs, outputs and conventions of a PixArt-α trained at ``size`` x ``size`` latents."""
+TEXT_TOKENS = Dim(name="text_tokens", default=120, max=512)  # the release pads T5 to 120 tokens
+
+
+def spec(
+    name: str,
+    p: Params,
+    *,
+    size: int,
+    text_tokens: Dim = TEXT_TOKENS,
+    path: Path | None = None,
+    prediction: Prediction = EPSILON,
+    sampling: Sampling | None = None,
+) -> ModelSpec:
+    """Inputs, outputs and conventions of a PixArt-α trained at ``size`` x ``size`` latents, as released by default."""
     side = {"default": size, "min": p.patch_size, "max": 4 * size, "multiple": p.patch_size}
     sizes = [
         TensorSpec(name="resolution", shape=("batch", 2), varies=Varies.PROMPT),
@@ -220,10 +230,11 @@ def spec(name: str, p: Params, *, size: int) -> ModelSpec:
             BATCH,
             Dim(name="height", **side),
             Dim(name="width", **side),
-            Dim(name="text_tokens", default=120, max=512),  # the release pads T5 to 120 tokens
+            text_tokens,
         ),
-        path=VP(),
-        prediction=EPSILON,
+        path=path or VP(),
+        prediction=prediction,
+        sampling=sampling or Sampling(),
     )
 
 
@@ -231,10 +242,27 @@ def _preset(name: str, p: Params, *, size: int) -> Preset:
     return Preset(params=p, build=PixArt, spec=spec(name, p, size=size))
 
 
+EMOJI = Params(  # trained by lehr.export.reference.emoji, shipped
+    hidden_size=256, depth=8, num_heads=4, caption_channels=192, base_size=8, learn_sigma=False
+)
+
 PRESETS: dict[str, Preset] = {
     "pixart-xl-2-256": _preset("pixart-xl-2-256", Params(), size=32),
     "pixart-xl-2-512": _preset("pixart-xl-2-512", Params(base_size=32), size=64),
     "pixart-xl-2-1024": _preset(
         "pixart-xl-2-1024", Params(base_size=64, position_scale=2.0, size_conditioning=True), size=128
+    ),
+    "emoji": Preset(
+        params=EMOJI,
+        build=PixArt,
+        spec=spec(
+            "emoji",
+            EMOJI,
+            size=16,
+            text_tokens=Dim(name="text_tokens", default=32, max=32),
+            path=LinearFlow(),
+            prediction=FLOW_PREDICTION,
+            sampling=Sampling(guidance_scale=4.0),
+        ),
     ),
 }

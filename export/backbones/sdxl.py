@@ -10,6 +10,7 @@ Shape legend: as in ``latent_unet``; T numbers of micro-conditioning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,7 @@ class SDXL(LatentUNet):
         time_ids: Tensor,
         timestep_cond: Tensor | None = None,
         sample_cond: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Evaluate the network.
 
@@ -88,12 +90,13 @@ class SDXL(LatentUNet):
                 target height and width, for the refiner an aesthetic score.
             timestep_cond: (B, guidance_dim) embedding of the guidance scale, exactly for models that have one.
             sample_cond: (B, condition_channels, H, W) what is joined to the sample, exactly for models that have it.
+            residuals: a ControlNet's, see ``_controlnet.residuals``.
 
         Returns:
             (B, out_channels, H, W).
         """
         emb = self.embed(timestep, timestep_cond) + self.embed_pooled(text_embeds, time_ids)
-        return self.denoise(sample, emb, encoder_hidden_states, sample_cond)
+        return self.denoise(sample, emb, encoder_hidden_states, sample_cond, residuals)
 
 
 # ------------------------------------------------------------------------------------------------- presets

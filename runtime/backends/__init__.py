@@ -18,6 +18,7 @@ from lehr.runtime.errors import MissingExtra, UnknownName
 __all__ = ["GROUP", "Backend", "Session", "backend", "backends", "drives", "plugged_in"]
 
 GROUP = "lehr.backends"
+_MODULES = {"onnxruntime-tensorrt": "onnxruntime_tensorrt"}  # libraries whose name is no module's
 
 
 @cache
@@ -27,7 +28,8 @@ def plugged_in(group: str) -> Mapping[str, EntryPoint]:
 
 
 def _own() -> frozenset[str]:
-    return frozenset(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    names = {module: name for name, module in _MODULES.items()}
+    return frozenset(names.get(module.name, module.name) for module in pkgutil.iter_modules(__path__)) - {"base"}
 
 
 def backends() -> tuple[str, ...]:
@@ -48,7 +50,7 @@ def backend(name: str) -> Backend:
         MissingExtra: its library is not installed.
     """
     if name in _own():
-        loaded: Backend = importlib.import_module(f"{__name__}.{name}").BACKEND
+        loaded: Backend = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}").BACKEND
         return loaded
     if name not in plugged_in(GROUP):
         raise UnknownName("engine library", name, backends())

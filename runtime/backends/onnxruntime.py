@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lehr.runtime.backends.base import Session
 from lehr.runtime.errors import BundleError, IncompatibleEngine, MissingExtra, RunFailed
+from lehr.runtime.lora_engine import OVERLAY
 
 try:
     import onnxruntime as ort
@@ -22,6 +23,9 @@ except ModuleNotFoundError as e:
 
 PROVIDER = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+_BFLOAT16 = 16  # ONNX's number of the element type
+_LIBRARIES = {CUDA: "CUDA and cuDNN", TENSORRT: "TensorRT, CUDA and cuDNN"}
 # Everything ONNX Runtime raises on purpose; they share no public base class.
 FAILURES = (
     ort.capi.onnxruntime_pybind11_state.Fail,
@@ -53,6 +57,12 @@ def session_options(options: Mapping[str, Any]) -> ort.SessionOptions:
     return made
 
 
+def check_provider(provider: str) -> None:
+    """Raise MissingExtra where this ONNX Runtime was made without an execution provider."""
+    if provider not in ort.get_available_providers():
+        raise MissingExtra(f"onnxruntime with {provider}", "ort-cuda")
+
+
 def open_session(
     graph: Path | bytes,
     made: ort.SessionOptions,
@@ -68,26 +78,31 @@ def open_session(
     provider = str(options.get("provider", PROVIDER))
     if provider == PROVIDER:
         return ort.InferenceSession(graph, made, providers=[PROVIDER], disabled_optimizers=list(disabled_optimizers))
-    if provider not in ort.get_available_providers():
-        raise MissingExtra(f"onnxruntime with {provider}", "ort-cuda")
+    check_provider(provider)
     settings = dict(options.get("provider_options", {}))
+    # ONNX Runtime takes naming the processor and forbidding it at the same time for a contradiction.
+    others = [PROVIDER] if options.get("cpu_fallback", True) else []
     session = ort.InferenceSession(
-        graph, made, providers=[(provider, settings), PROVIDER], disabled_optimizers=list(disabled_optimizers)
+        graph,
+        made,
+        providers=[(provider, settings), *others],
+        disabled_optimizers=list(disabled_optimizers),
+        enable_fallback=0,  # by default what fails is printed and tried again on other providers
     )
     if provider not in session.get_providers():
         raise IncompatibleEngine(
             f"ONNX Runtime's {provider} does not load here, and it would compute on the processor without a word. "
-            "It needs an NVIDIA GPU with a driver, and the CUDA and cuDNN libraries of its version. "
+            f"It needs an NVIDIA GPU with a driver, and the {_LIBRARIES[provider]} libraries of its version. "
             "lehr doctor says what is here."
         )
     return session
 
 
 class OnnxRuntimeSession:
-    """A graph loaded into ONNX Runtime."""
+    """A graph loaded into ONNX Runtime; ``kept`` are values that it reads and does not own."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
+    def __init__(self, session: ort.InferenceSession, kept: tuple[ort.OrtValue, ...] = ()) -> None:
+        self._session, self._kept = session, kept
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -109,10 +124,19 @@ class OnnxRuntimeBackend:
         """Load a graph that was optimised at build, so nothing is optimised again here."""
         made = session_options(options)
         made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        overlay = {name: _value(kind, values) for name, (kind, values) in options.get(OVERLAY, {}).items()}
+        for name, value in overlay.items():
+            made.add_initializer(name, value)
         try:
-            return OnnxRuntimeSession(open_session(plan, made, options))
+            return OnnxRuntimeSession(open_session(plan, made, options), tuple(overlay.values()))
         except FAILURES as e:
             raise BundleError(f"ONNX Runtime cannot load {plan.name}: {e} Build it again with lehr build.") from e
+
+
+def _value(kind: str, values: npt.NDArray[Any]) -> ort.OrtValue:
+    if kind == "bfloat16":  # numpy has no such type: the bits, and what they are
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(values)
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,29 @@ from lehr.runtime.loop import Network
 
 Array = npt.NDArray[Any]
 Evaluate = Callable[[Array, float, Mapping[str, Array]], Array]
+PerEvaluation = Callable[[Array, float, Mapping[str, Array], Sequence[int]], Mapping[str, Array]]
 
 
 def network(evaluate: Evaluate, conditions: Mapping[str, Array]) -> Network:
     """The denoiser with its conditions fixed, as the loop wants it."""
     return lambda sample, timestep: evaluate(sample, timestep, conditions)
+
+
+def fed(evaluate: Evaluate, per_evaluation: PerEvaluation, numbers: Sequence[int]) -> Evaluate:
+    """``evaluate`` with inputs that are made anew at every evaluation, such as a ControlNet's residuals.
+
+    Args:
+        evaluate: ``evaluate(sample, timestep, conditions)`` at any batch.
+        per_evaluation: ``per_evaluation(sample, timestep, conditions, numbers)`` returns further inputs by name; it is
+            given what ``evaluate`` is, and the number of the sample that each row belongs to.
+        numbers: of the loop's samples; an evaluation of both halves of guidance holds each of them twice.
+    """
+
+    def evaluated(sample: Array, timestep: float, conditions: Mapping[str, Array]) -> Array:
+        rows = tuple(numbers) * (len(sample) // len(numbers))
+        return evaluate(sample, timestep, {**conditions, **per_evaluation(sample, timestep, conditions, rows)})
+
+    return evaluated
 
 
 def halves(conditions: Mapping[str, Array], unconditional: Mapping[str, Array]) -> dict[str, Array]:

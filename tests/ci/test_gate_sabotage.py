@@ -167,7 +167,7 @@ def test_a_sampler_that_computes_other_coefficients_is_caught_by_structure(bundl
 
 
 def test_tensors_that_all_prompts_share_by_mistake_are_caught_by_single_evaluations(bundle, monkeypatch):
-    monkeypatch.setattr(hoisted, "_digest", lambda conditions, batched, row: b"one key for everybody")
+    monkeypatch.setattr(hoisted, "digest_of", lambda conditions, batched, row: b"one key for everybody")
     assert "L1.score" in failures(judged(bundle))
 
 

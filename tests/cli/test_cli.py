@@ -177,7 +177,7 @@ def test_doctor_says_what_is_ready(capsys):
     assert {part["part"]: part["ready"] for part in json.loads(out)["parts"]}["export"] is True
     gpu = json.loads(out)["gpu"]
     assert "missing" in gpu or {"name", "sm", "memory_mb", "cuda", "driver"} < set(gpu)
-    assert set(gpu["libraries"]) == {"tensorrt", "tensorrt_rtx"}
+    assert set(gpu["libraries"]) == {"tensorrt", "tensorrt_rtx", "onnxruntime-tensorrt"}
     code, out, _ = lehr("doctor", capsys=capsys)
     assert code == 0
     assert "GPU: " in out

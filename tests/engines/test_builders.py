@@ -19,7 +19,7 @@ from lehr.runtime import host
 from lehr.runtime.backends import backend, backends
 from lehr.runtime.errors import BuildFailed, BundleError, InvalidInput, MissingExtra, RunFailed, UnknownName
 from lehr.runtime.parity import decibels, relative_error
-from lehr.runtime.recipe import RECIPES, Format, recipe
+from lehr.runtime.recipe import RECIPES, Format, Scope, recipe
 
 LIBRARIES = sorted(target("cpu").libraries)  # those that run what they build; test_tensorrt_family has the others
 WIDTH, CLASSES = 16, 4
@@ -42,8 +42,11 @@ PAIRS = [
     )
     for library in LIBRARIES
     for name in RECIPES
-    # What a builder is given for fp16 is a graph in fp16: the library converts nothing.
-    if recipe(name).arithmetic in builder(library).FORMATS - {Format.FP16} and not recipe(name).calibrated
+    # What a builder is given for fp16 is a graph in fp16, and one in both for single products in bf16: the library
+    # converts nothing.
+    if recipe(name).arithmetic in builder(library).FORMATS - {Format.FP16}
+    and not recipe(name).calibrated
+    and recipe(name).scope is Scope.GRAPH
 ]
 
 

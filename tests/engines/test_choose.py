@@ -76,7 +76,7 @@ def test_all_libraries_are_measured_and_one_engine_stays(bundle):
     ("name", "library"), [("fp32", "onnxruntime"), ("fp32", "openvino")], ids=["onnxruntime", "openvino"]
 )
 def test_a_library_that_is_asked_for_is_not_measured(bundle, monkeypatch, name, library):
-    monkeypatch.setattr(choose, "_interleaved", None)
+    monkeypatch.setattr(choose, "interleaved", None)
     record = build(bundle, target("cpu"), recipe(name), library=library)
     assert (record.library, record.candidates) == (library, ())
 
@@ -101,7 +101,7 @@ def test_an_engine_that_does_not_meet_parity_is_not_kept_however_fast(bundle, mo
         "step_errors",
         lambda denoiser, golden: [1.0] if "OpenVino" in repr(sessions(denoiser)) else measured(denoiser, golden),
     )
-    monkeypatch.setattr(choose, "_interleaved", lambda running, _: {"onnxruntime": 9.0, "openvino": 1.0})
+    monkeypatch.setattr(choose, "interleaved", lambda calls: {"onnxruntime": 9.0, "openvino": 1.0})
     record = build(bundle, target("cpu"), recipe("fp32"))
     assert record.library == "onnxruntime"
     assert [r["passed"] for r in record.candidates] == [True, False]

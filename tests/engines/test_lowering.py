@@ -36,7 +36,7 @@ TOLERANCE = 1e-5  # relative to the largest output
 HALF_TOLERANCE = 0.05  # random weights, no keep-high list: a sign or a weight gone wrong costs far more
 NEW = {"Attention", "GroupNormalization", "RMSNormalization"}  # operators that opset 20 has not, or has otherwise
 
-_path = Path(__file__).parents[1] / "export" / "test_export_families.py"
+_path = Path(__file__).parents[1] / "export" / "small_backbones.py"
 _spec = importlib.util.spec_from_file_location("small_configurations", _path)
 assert _spec is not None
 assert _spec.loader is not None
@@ -44,7 +44,8 @@ small = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(small)
 
 _LEVELS = ("channel_mult", "block_out_channels", "transformer_depth")
-_LIKE_ANOTHER = {"sdxl", "sit"}  # of the same operators as latent_unet and dit
+# Of the same operators as latent_unet, dit, pixart or flux.
+_LIKE_ANOTHER = {"gaussian_dit", "hunyuan_dit", "sdxl", "single_stream", "sit", "spacetime_dit", "transfusion"}
 
 
 def two_levels(params: Any) -> Any:
@@ -82,8 +83,8 @@ def run(graph: ir.Model | Path, weights: Path, feeds: dict[str, np.ndarray]) -> 
     params=[pytest.param(name, marks=[pytest.mark.long] if name in _LIKE_ANOTHER else []) for name in families()],
 )
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    preset = next(iter(importlib.import_module(f"lehr.export.backbones.{request.param}").PRESETS.values()))
-    module = small.randomise(preset.build(two_levels(small.small(preset))))
+    preset = small.small(next(iter(importlib.import_module(f"lehr.export.backbones.{request.param}").PRESETS.values())))
+    module = small.randomise(preset.build(two_levels(preset.params)))
     folder = tmp_path_factory.mktemp(request.param)
     model = trace(module, preset.spec)
     bind_weights([model], TorchModuleSource(module), folder / "weights.safetensors")

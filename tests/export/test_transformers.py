@@ -8,8 +8,6 @@ exactly those functions recompiled in float64 (1e-9), so that nothing of the arc
 from __future__ import annotations
 
 import inspect
-import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,6 +18,7 @@ import diffusers.models.normalization
 import diffusers.models.transformers.transformer_flux
 import pytest
 import torch
+from backbone_checks import EXACT, ROUNDED, assert_close, load_mapped, without_rounding
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
@@ -27,6 +26,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from diffusers.loaders import single_file_utils
+from small_backbones import normal, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,8 +40,6 @@ from lehr.export.checkpoints.maps import sit as sit_map
 from lehr.runtime.spec import Varies
 
 Feeds = dict[str, Tensor]
-ROUNDED = 1e-5  # diffusers as it is
-EXACT = 1e-9  # diffusers with its float32 roundings taken out
 
 # ------------------------------------------------------------------------------------------------- the oracle
 
@@ -60,39 +58,8 @@ _ROUNDING: tuple[tuple[ModuleType, str], ...] = (
 def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """The tolerance; for EXACT, diffusers' own source with float64 in place of float32 wherever it is imported."""
     if request.param == EXACT:
-        for module, name in _ROUNDING:
-            original = getattr(module, name)
-            source = textwrap.dedent(inspect.getsource(original))
-            exact = source.replace("torch.float32", "torch.float64").replace(".float()", ".double()")
-            assert exact != source, f"{name} no longer rounds; take it out of the list"
-            namespace = dict(vars(module))
-            exec(compile(exact, f"{module.__file__} (float64)", "exec"), namespace)
-            if inspect.isfunction(original):  # its globals are its module's, where the other functions are replaced
-                code = namespace[name].__code__
-                monkeypatch.setattr(original, "__code__", code)
-                continue
-            for user in [m for n, m in sys.modules.items() if n.startswith("diffusers.models")]:
-                if vars(user).get(name) is original:
-                    monkeypatch.setattr(user, name, namespace[name])
+        without_rounding(monkeypatch, _ROUNDING)
     return float(request.param)
-
-
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Every parameter random, those that start at zero or one included, at a scale that keeps signals of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        scale = (parameter[0].numel() ** -0.5) if parameter.ndim > 1 else 0.5
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert got.shape == expected.shape
-    error = float((got - expected).norm() / expected.norm())
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 # -------------------------------------------------------------------------------------------------- the cases
@@ -113,18 +80,13 @@ class Case:
     def reference(self) -> nn.Module:
         torch.manual_seed(0)
         module = self.oracle(**self.config).double().eval()
-        randomise(module)
+        randomise(module, dtype=torch.float64)
         return module
 
     def ours(self, reference: nn.Module) -> nn.Module:
         """Our module with the reference's weights, by the key map alone."""
-        state = reference.state_dict()
         module = self.build(self.params).double().eval()
-        origins = {key: rules.origin(self.map.DIFFUSERS, key, state) for key in module.state_dict()}
-        used = {key for origin in origins.values() for key in origin.keys}
-        left = [key for key in set(state) - used if not rules.ignored(self.map.DIFFUSERS_IGNORED, key)]
-        assert not left, f"the map leaves {left} of the checkpoint unused"
-        module.load_state_dict({key: origin.read(state.__getitem__) for key, origin in origins.items()})
+        load_mapped(module, reference, self.map.DIFFUSERS, self.map.DIFFUSERS_IGNORED)
         return module
 
     def expected(self, reference: nn.Module, feeds: Feeds) -> Tensor:
@@ -352,7 +314,7 @@ def test_network_equals_diffusers_with_the_same_weights(name: str, tolerance: fl
 def test_every_input_reaches_the_output(name: str) -> None:
     case = CASES[name]
     module = case.build(case.params).double().eval()
-    randomise(module)
+    randomise(module, dtype=torch.float64)
     feeds = case.feeds()
     with torch.no_grad():
         before = module(**feeds)
@@ -405,7 +367,7 @@ def test_single_file_and_folder_of_one_model_give_the_same_tensors(
         exec(compile(source, "single_file_utils (narrow)", "exec"), namespace)
         converter = namespace[converter.__name__]
     module = case.build(case.params).double()
-    randomise(module)
+    randomise(module, dtype=torch.float64)
     file = original_file(module, case.map)
     folder = case.oracle(**case.config).double()
     folder.load_state_dict(converter(file))
@@ -419,7 +381,7 @@ def test_single_file_and_folder_of_one_model_give_the_same_tensors(
 
 def tiny_dit(conditioning: dit.Conditioning) -> dit.DiT:
     module = dit.DiT(dit.Params(**DIT_PARAMS, conditioning=conditioning)).double().eval()
-    randomise(module)
+    randomise(module, dtype=torch.float64)
     return module
 
 

@@ -482,7 +482,7 @@ def test_a_spec_names_the_inputs_of_forward_in_order(name: str) -> None:
         accepted = list(inspect.signature(found.module().forward).parameters)
     described = [tensor.name for tensor in found.spec.inputs]
     assert [name for name in accepted if name in described] == described
-    assert set(accepted) - set(described) <= {"class_labels", "timestep_cond", "sample_cond"}
+    assert set(accepted) - set(described) <= {"class_labels", "timestep_cond", "sample_cond", "residuals"}
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,6 @@ def test_hoisted_graphs_are_released_where_they_are_large(limit, together, dit_b
         def __del__(self):
             alive.discard(self.name)
 
-    monkeypatch.setattr(hoisted.engines, "load", lambda b, r, name: Watched(real(b, r, name), name))
+    monkeypatch.setattr(hoisted.engines, "load", lambda b, r, name, **_: Watched(real(b, r, name), name))
     Pipeline.open(dit_bundle)(Request(num=1, num_inference_steps=2))
     assert ({"schedule", "step"} <= seen[-1]) is together

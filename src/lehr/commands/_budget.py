@@ -29,6 +29,7 @@ class Asked:
     rest: str | None
     name: str | None
     steps: int | None
+    features: Path | None
 
 
 def by_budget(bundle: Path, asked: Asked, source: Data, as_json: bool) -> None:
@@ -38,10 +39,12 @@ def by_budget(bundle: Path, asked: Asked, source: Data, as_json: bool) -> None:
     from lehr.calibration.cost_model import Source
     from lehr.calibration.held_out import MAX_SEED, STEPS
     from lehr.calibration.recipes import MIXED
+    from lehr.ci.distribution import Networks, network_file
     from lehr.engines.target import target
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.recipe import Format
 
+    opened = Bundle.open(bundle)
     wish = Wish(
         budget=parse_budget(asked.budget),
         target=None if asked.target is None else target(asked.target),
@@ -54,10 +57,11 @@ def by_budget(bundle: Path, asked: Asked, source: Data, as_json: bool) -> None:
         time_limit=asked.time_limit,
         threads=source.threads,
         folder=None if source.folder is None else source.folder.parent,
+        features=network_file(opened, Networks(features=asked.features)),
     )
     progress = Progress()
     progress(f"searching for {wish.budget} in {bundle}")
-    made = calibrate_to_budget(Bundle.open(bundle), wish, data=source, progress=progress)
+    made = calibrate_to_budget(opened, wish, data=source, progress=progress)
     emit(as_json, report(made), _prose(made, bundle, wish.name))
     if made.found.chosen is None:
         raise click.exceptions.Exit(1)
@@ -69,7 +73,7 @@ def _prose(made: Budgeted, bundle: Path, name: str) -> str:
     found, measure = made.found, made.found.budget.measure
     rows: list[tuple[Any, ...]] = [
         (
-            "*" if found.chosen is not None and point.plan == found.chosen.plan else "",
+            "*" if point is found.chosen else "",
             point.name,
             f"{point.cost / found.full_cost:.3f}",
             f"{point.losses.mean(measure):.4g}",

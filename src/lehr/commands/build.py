@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lehr.commands._build_settings import settings, settings_options
 from lehr.commands._output import Progress, bundle_argument, emit, engine_options, json_option, table
+from lehr.commands._stages import chosen_stages, stage_option, stage_recipe_option, stage_recipes
 
 if TYPE_CHECKING:
+    from lehr.engines.settings import Settings
+    from lehr.engines.target import Target
+    from lehr.runtime.bundle import Bundle
     from lehr.runtime.engine import EngineRecord
+    from lehr.runtime.kits import KitRecord
+    from lehr.runtime.recipe import Recipe
     from lehr.runtime.verify import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What became of the denoiser or of one stage, for scripts and for people."""
+
+    data: dict[str, Any]
+    prose: str
+    passed: bool = True
 
 
 @click.command("build")
 @bundle_argument
 @engine_options
+@stage_option
+@stage_recipe_option
 @click.option("--library", default="auto", show_default=True, help="Engine library; auto measures those installed.")
 @click.option(
     "--threads",
@@ -34,6 +52,8 @@ def command(
     bundle: Path,
     target: str,
     recipe: str,
+    stages: tuple[str, ...],
+    stage_recipe: tuple[str, ...],
     library: str,
     threads: int,
     batch: str,
@@ -47,7 +67,7 @@ def command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Build an engine for a target into a bundle.
+    """Build engines for a target into a bundle: of the denoiser, and of every stage beside it.
 
     Engines for RTX GPUs are built ahead of time, on any Linux x86-64 machine with the extra trt-rtx. For targets that
     build on themselves, such as Jetson, a build kit is written into the bundle elsewhere; the same command finishes it
@@ -56,6 +76,9 @@ def command(
     Where several engine libraries are installed that can build the recipe, all are tried on the golden inputs and
     the fastest that meets parity is kept. The engine replaces those of the same target and recipe.
 
+    A stage is built in fp32 for processors, for GPUs in the denoiser's recipe or, where that is quantised, in fp16;
+    --stage-recipe says otherwise. Stages are not quantised.
+
     \b
     Examples:
       lehr build d.lehr --target cpu
@@ -63,42 +86,118 @@ def command(
       lehr build d.lehr --target cpu --threads 4 --json
       lehr build d.lehr --target rtx-40 --recipe fp16
       lehr build d.lehr --target rtx-40 --recipe fp16 --batch 1,2,8
+      lehr build p.lehr --target rtx-40 --recipe fp16 --stage-recipe vae_decoder=bf16
+      lehr build p.lehr --stage vae_decoder
       lehr build d.lehr --target orin-agx --recipe fp16      # here a kit, on the Jetson the engine
     """
     from lehr.engines import target as targets
-    from lehr.engines.build import build
-    from lehr.engines.kit import check_options, elsewhere
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.calibrated import recipe_of
 
-    chosen_recipe = recipe_of(Bundle.open(bundle), recipe)
-    progress = Progress()
-    chosen = settings(
-        batch=batch,
-        sizes=sizes,
-        workspace=workspace,
-        tactic_memory=tactic_memory,
-        effort=effort,
-        compatible=compatible,
-        weights=weights,
-        mode=mode,
-        no_cache=no_cache,
-    )
-    if elsewhere(targets.target(target), chosen_recipe, library):
-        progress(f"{target} builds on its own machine: preparing a build kit")
-        check_options(targets.target(target), chosen_recipe, library, chosen)
-        _emit_kit(bundle, target, recipe, _options(ctx), as_json)
-        return
-    progress(f"building {bundle} for {target} in {recipe}")
-    record = build(
-        bundle,
-        targets.target(target),
-        chosen_recipe,
+    opened, facts = Bundle.open(bundle), targets.target(target)
+    denoiser, names = chosen_stages(opened.manifest.stages, stages)
+    given = stage_recipes(opened.manifest.stages, stage_recipe)
+    wanted = recipe_of(opened, recipe)
+    asked = _Asked(
+        bundle=bundle,
+        target=facts,
         library=library,
         threads=threads,
-        progress=progress,
-        settings=chosen,
+        settings=settings(
+            batch=batch,
+            sizes=sizes,
+            workspace=workspace,
+            tactic_memory=tactic_memory,
+            effort=effort,
+            compatible=compatible,
+            weights=weights,
+            mode=mode,
+            no_cache=no_cache,
+        ),
+        options=_options(ctx),
     )
+    progress = Progress()
+    recipes = {name: _stage_recipe(opened, name, asked.target, wanted, given) for name in names}
+    whole = asked.make(None, wanted, progress) if denoiser else None
+    made = [asked.make(name, recipes[name], progress) for name in names]
+    if whole is not None:
+        data = {**whole.data, **({"stages": [one.data for one in made]} if opened.manifest.stages else {})}
+    else:
+        data = {"target": target, "recipe": recipe, "engine": None, "stages": [one.data for one in made]}
+    everything = [one for one in (whole, *made) if one is not None]
+    emit(as_json, data, "\n\n".join(one.prose for one in everything))
+    if not all(one.passed for one in everything):
+        raise click.exceptions.Exit(1)
+
+
+def _stage_recipe(bundle: Bundle, name: str, target: Target, recipe: Recipe, given: dict[str, str]) -> Recipe:
+    from lehr.engines.stages import check_recipe, default_recipe
+    from lehr.runtime.recipe import recipe as find_recipe
+
+    if name not in given:
+        return default_recipe(bundle, name, target, recipe)
+    named = find_recipe(given[name])
+    check_recipe(name, named)
+    target.check(named)
+    return named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What was asked for, whatever part of the bundle is built."""
+
+    bundle: Path
+    target: Target
+    library: str
+    threads: int
+    settings: Settings
+    options: list[str]
+
+    def make(self, stage: str | None, recipe: Recipe, progress: Progress) -> _Made:
+        """An engine of the denoiser or of a stage; or, where the target builds on its own machine, a kit."""
+        from lehr.engines.build import build
+        from lehr.engines.kit import check_options, elsewhere
+        from lehr.engines.stages import build_stage
+
+        what = f"{self.bundle}" if stage is None else f"stage {stage} of {self.bundle}"
+        if elsewhere(self.target, recipe, self.library):
+            progress(f"{self.target.name} builds on its own machine: preparing a build kit of {what}")
+            check_options(self.target, recipe, self.library, self.settings)
+            return _made_kit(self.bundle, self._kit(stage, recipe), stage)
+        progress(f"building {what} for {self.target.name} in {recipe.name}")
+        if stage is None:
+            record = build(
+                self.bundle,
+                self.target,
+                recipe,
+                library=self.library,
+                threads=self.threads,
+                progress=progress,
+                settings=self.settings,
+            )
+        else:
+            record = build_stage(
+                self.bundle,
+                stage,
+                self.target,
+                recipe,
+                library=self.library,
+                threads=self.threads,
+                progress=progress,
+                settings=self.settings,
+            )
+        return _made_engine(self.bundle, record)
+
+    def _kit(self, stage: str | None, recipe: Recipe) -> KitRecord:
+        from lehr.engines.build import build_kit
+        from lehr.engines.stages import build_stage_kit
+
+        if stage is None:
+            return build_kit(self.bundle, self.target, recipe, options=self.options)
+        return build_stage_kit(self.bundle, stage, self.target, recipe)
+
+
+def _made_engine(bundle: Path, record: EngineRecord) -> _Made:
     data = {
         "target": record.target,
         "recipe": record.recipe,
@@ -109,19 +208,20 @@ def command(
         "achieved_precision": dict(record.achieved_precision),
         "candidates": [dict(row) for row in record.candidates],
     }
+    if record.stage is not None:
+        data = {"stage": record.stage, **data}
     verdict = _verified(bundle, record)
     if verdict is not None:
         data["verified"] = verdict.to_json()
     tried = ""
     if record.candidates:
-        tried = table(("library", "step, ms", "score error", "verdict"), _rows(record)) + "\n\n"
-    emit(
-        as_json,
-        data,
-        f"{tried}{bundle}/{record.folder}: {_made(record)}, {record.seconds:.1f} s\n{_next(bundle, record, verdict)}",
+        tried = table(("library", "step, ms", "error", "verdict"), _rows(record)) + "\n\n"
+    return _Made(
+        data=data,
+        prose=f"{tried}{bundle}/{record.folder}: {_contents(record)}, {record.seconds:.1f} s\n"
+        f"{_next(bundle, record, verdict)}",
+        passed=verdict is None or verdict.passed,
     )
-    if verdict is not None and not verdict.passed:
-        raise click.exceptions.Exit(1)
 
 
 def _options(ctx: click.Context) -> list[str]:
@@ -142,17 +242,14 @@ def _options(ctx: click.Context) -> list[str]:
     return given
 
 
-def _emit_kit(bundle: Path, target: str, recipe: str, options: list[str], as_json: bool) -> None:
-    """Write a build kit instead of an engine, and say who must finish it."""
-    from lehr.engines import target as targets
-    from lehr.engines.build import build_kit
+def _made_kit(bundle: Path, record: KitRecord, stage: str | None) -> _Made:
+    """A build kit instead of an engine, and who must finish it."""
     from lehr.runtime.bundle import Bundle
-    from lehr.runtime.calibrated import recipe_of
 
-    record = build_kit(bundle, targets.target(target), recipe_of(Bundle.open(bundle), recipe), options=options)
     manifest = Bundle.open(bundle).manifest
     size = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(f"{record.folder}/"))
     data = {
+        **({} if stage is None else {"stage": stage}),
         "target": record.target,
         "recipe": record.recipe,
         "library": record.library,
@@ -162,14 +259,14 @@ def _emit_kit(bundle: Path, target: str, recipe: str, options: list[str], as_jso
         "command": list(record.command),
     }
     versions = f" {record.library_versions}" if record.library_versions else ""
-    emit(
-        as_json,
-        data,
-        f"{bundle}/{record.folder}: a build kit, {size / 1e6:,.1f} MB. It is no engine yet: the {record.target} must "
-        f"finish it with {record.library}{versions}.\n"
-        f"Next: lehr pack {bundle} --target {record.target} --recipe {record.recipe} --golden, copy and unpack it "
-        f"there, and run there: {' '.join(record.command)}",
-    )
+    told = f"{bundle}/{record.folder}: a build kit, {size / 1e6:,.1f} MB."
+    if stage is None:
+        told += (
+            f" It is no engine yet: the {record.target} must finish it with {record.library}{versions}.\n"
+            f"Next: lehr pack {bundle} --target {record.target} --recipe {record.recipe} --golden, copy and unpack it "
+            f"there, and run there: {' '.join(record.command)}"
+        )
+    return _Made(data=data, prose=told)
 
 
 def _verified(bundle: Path, record: EngineRecord) -> Verdict | None:
@@ -178,22 +275,29 @@ def _verified(bundle: Path, record: EngineRecord) -> Verdict | None:
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.kits import find_kit
     from lehr.runtime.verify import record_parity, verify
+    from lehr.runtime.verify_stage import verify_stage
 
     opened = Bundle.open(bundle)
-    kit = find_kit(opened, record.target, record.recipe)
+    kit = find_kit(opened, record.target, record.recipe, record.stage)
     if kit is None or kit.library != record.library or record.library not in backends():
         return None
-    if opened.manifest.golden_tier == "none":
+    if record.stage is not None:
+        if opened.manifest.stage(record.stage).golden not in opened.manifest.files:
+            return None
+        verdict = verify_stage(opened, record)
+    elif opened.manifest.golden_tier == "none":
         return None
-    verdict = verify(opened, record)
+    else:
+        verdict = verify(opened, record)
     record_parity(opened, verdict)
     return verdict
 
 
-def _made(record: EngineRecord) -> str:
+def _contents(record: EngineRecord) -> str:
     """What the engine consists of, as far as that can be known here."""
     if not record.operators:
-        return f"{len(record.plans)} graphs, precision unknown (only the target itself could tell)"
+        graphs = "one graph" if len(record.plans) == 1 else f"{len(record.plans)} graphs"
+        return f"{graphs}, precision unknown (only the target itself could tell)"
     shares = ", ".join(f"{share:.0%} {name}" for name, share in record.achieved_precision.items())
     return f"{sum(record.operators.values())} operators, {shares}"
 
@@ -213,6 +317,8 @@ def _next(bundle: Path, record: EngineRecord, verdict: Verdict | None) -> str:
     if verdict is not None:
         reasons = "; ".join(f"{name} {level.reason}" for name, level in verdict.levels.items())
         return f"{'verified' if verdict.passed else 'NOT within parity'}: {reasons}"
+    if record.stage is not None:
+        return f"Next: lehr verify {bundle} --target {record.target} --stage {record.stage}"
     return f"Next: lehr verify {bundle} --target {record.target} --recipe {record.recipe}"
 
 

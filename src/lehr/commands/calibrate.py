@@ -12,6 +12,8 @@ from lehr.commands._output import Progress, bundle_argument, emit, json_option, 
 
 if TYPE_CHECKING:
     from lehr.calibration.calibrate import Calibration, Data
+    from lehr.calibration.ends import EndAsked
+    from lehr.runtime.recipe import Recipe
 
 _RESTS = ("fp32", "bf16", "fp16")
 
@@ -19,7 +21,9 @@ _RESTS = ("fp32", "bf16", "fp16")
 @click.command("calibrate")
 @bundle_argument
 @click.option("--recipe", help="A quantised recipe; see lehr list recipes.")
-@click.option("--budget", help="Instead of a recipe the loss to keep, as psnr>=35, ssim>=0.98, score_error<=0.02.")
+@click.option(
+    "--budget", help="Instead of a recipe the loss to keep, as psnr>=35, ssim>=0.98, score_error<=0.02, fid<=1."
+)
 @click.option("--target", help="With --budget: the class of machine whose formats and costs count.  [default: a CPU]")
 @click.option(
     "--costs",
@@ -31,6 +35,11 @@ _RESTS = ("fp32", "bf16", "fp16")
 @click.option(
     "--held-out", default=64, show_default=True, type=click.IntRange(16, 1 << 14), help="Samples to judge by."
 )
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="With a budget on fid: ONNX file of the feature network.  [default: one that comes with Lehr, if any fits]",
+)
 @click.option("--time-limit", default=600.0, show_default=True, type=click.FloatRange(1.0), help="Seconds of search.")
 @click.option(
     "--data",
@@ -41,6 +50,8 @@ _RESTS = ("fp32", "bf16", "fp16")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.  [default: the model's own]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 31) - 1), help="Of those samples.")
 @click.option("--rest", type=click.Choice(_RESTS), help="Arithmetic of what is not quantised.  [default: the recipe's]")
+@click.option("--first", metavar="K:RECIPE", help="Another recipe for the first K steps of a loop, such as 2:bf16.")
+@click.option("--last", metavar="K:RECIPE", help="Another recipe for the last K steps of a loop, such as 3:fp32.")
 @click.option("--name", help="Keep the result under this name.  [default: the recipe's]")
 @click.option(
     "--trajectories",
@@ -56,12 +67,15 @@ def command(
     target: str | None,
     costs: str,
     held_out: int,
+    features: Path | None,
     time_limit: float,
     data: Path | None,
     num: int,
     steps: int | None,
     seed: int,
     rest: str | None,
+    first: str | None,
+    last: str | None,
     name: str | None,
     trajectories: Path | None,
     threads: int,
@@ -72,6 +86,9 @@ def command(
     Draws samples in fp32, guidance included, and keeps every evaluation's inputs; an interrupted run goes on where it
     was. The same bundle, data and options give the same bytes (calibration/RECIPE/).
 
+    --first and --last give steps at the ends of a loop to other recipes; then RECIPE may also be one that needs no
+    calibration, and --name is needed.
+
     With --budget it searches for the cheapest mixture of formats, layer by layer, whose final samples on held-out seeds
     keep the budget, and stores it as recipe "mixed". Exit code 1 if there is none.
 
@@ -79,6 +96,7 @@ def command(
     Examples:
       lehr calibrate d.lehr --recipe int8-sq && lehr build d.lehr --recipe int8-sq
       lehr calibrate d.lehr --recipe int8-sq --rest bf16 --name int8-fast
+      lehr calibrate d.lehr --recipe int8-sq --last 3:fp32 --name int8-late
       lehr calibrate d.lehr --recipe fp8 --data recorded/ --json
       lehr calibrate d.lehr --budget "psnr>=35" && lehr build d.lehr --recipe mixed
     """
@@ -95,6 +113,8 @@ def command(
             "what is to be calibrated? Give --recipe, one of those that lehr list recipes shows, or --budget, the loss "
             "to keep."
         )
+    if budget is not None and (first is not None or last is not None):
+        raise click.UsageError("--first and --last go with --recipe; a search finds by itself what the ends need.")
     if budget is not None:
         from lehr.commands._budget import Asked, by_budget
 
@@ -107,15 +127,29 @@ def command(
             rest=rest,
             name=name,
             steps=steps,
+            features=features,
         )
         by_budget(bundle, asked, source, as_json)
         return
-    if target is not None or costs != "static":
-        raise click.UsageError("--target and --costs go with --budget; a recipe's graph is the same for every target.")
-    _by_recipe(bundle, str(recipe), source, rest, name, as_json)
+    if target is not None or costs != "static" or features is not None:
+        raise click.UsageError(
+            "--target, --costs and --features go with --budget; a recipe's graph is the same for every target."
+        )
+    from lehr.calibration.ends import parse_end
+
+    ends = {end: parse_end(text) for end, text in (("first", first), ("last", last)) if text is not None}
+    _by_recipe(bundle, str(recipe), source, rest, name, ends, as_json)
 
 
-def _by_recipe(bundle: Path, recipe: str, source: Data, rest: str | None, name: str | None, as_json: bool) -> None:
+def _by_recipe(
+    bundle: Path,
+    recipe: str,
+    source: Data,
+    rest: str | None,
+    name: str | None,
+    ends: dict[str, EndAsked],
+    as_json: bool,
+) -> None:
     from lehr.calibration.calibrate import calibrate
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.recipe import Format
@@ -129,6 +163,7 @@ def _by_recipe(bundle: Path, recipe: str, source: Data, rest: str | None, name: 
         data=source,
         rest=None if rest is None else Format(rest),
         stored_as=name,
+        ends=ends,
         on_step=lambda what, done, total: progress.steps(done, total, f"{what}, evaluation"),
     )
     emit(as_json, data_of(made), _prose(made, bundle))
@@ -147,7 +182,14 @@ def data_of(made: Calibration) -> dict[str, Any]:
         "portable_bytes": made.portable_bytes,
         "statistics": made.digest,
         "files": dict(made.files),
+        "schedule": None if made.recipe.schedule is None else schedule_of(made.recipe),
     }
+
+
+def schedule_of(recipe: Recipe) -> dict[str, Any]:
+    """End of a loop -> steps and recipe."""
+    ends = {} if recipe.schedule is None else {"first": recipe.schedule.ends.first, "last": recipe.schedule.ends.last}
+    return {name: {"steps": ends[name], "recipe": part.name} for name, part in recipe.parts.items()}
 
 
 def _prose(made: Calibration, bundle: Path) -> str:
@@ -156,9 +198,10 @@ def _prose(made: Calibration, bundle: Path) -> str:
     rows.append(("as before", made.layers - len(made.plan)))
     share = made.weight_bytes / max(made.portable_bytes, 1)
     name = made.recipe.name
+    schedule = "" if made.recipe.schedule is None else f"{made.recipe.schedule}.\n"
     told = (
-        f"recipe {name}: {made.weight_bytes / 1e6:,.1f} MB of weights in the step graph, {share:.2f} of what they "
-        f"were; what is not quantised computes in {made.recipe.rest.value}.\n"
+        f"{schedule}recipe {name}: {made.weight_bytes / 1e6:,.1f} MB of weights in the step graph, {share:.2f} of what "
+        f"they were; what is not quantised computes in {made.recipe.rest.value}.\n"
         f"Next: lehr build {bundle} --recipe {name} && lehr verify {bundle} --recipe {name}"
     )
     return "\n\n".join((table(("quantised as", "layers"), rows), told))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lehr.commands._output import emit, engine_options, json_option, table
+from lehr.commands._stages import stage_recipe_option, stage_recipes
 
 if TYPE_CHECKING:
     from lehr.ci.checks import Report
@@ -30,6 +31,7 @@ _SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
     help="strict, release, smoke, mlperf-sdxl, or a file.",
 )
 @engine_options
+@stage_recipe_option
 @click.option("--baseline", type=click.Path(path_type=Path), metavar="OLD.lehr", help="Compare the cost with this one.")
 @click.option(
     "--features", type=click.Path(path_type=Path), metavar="FILE.onnx", help="Network whose features L3 compares."
@@ -69,6 +71,7 @@ def command(
     policy_name: str,
     target: str,
     recipe: str,
+    stage_recipe: tuple[str, ...],
     baseline: Path | None,
     features: Path | None,
     text_features: Path | None,
@@ -84,7 +87,8 @@ def command(
     """Hold an engine against a release policy; exit 1 if it must not be released.
 
     L0 is structure, L1 single evaluations, L2 whole loops, L3 many samples, L4 cost beside a baseline. Where
-    GITHUB_STEP_SUMMARY names a file, the table is appended to it as Markdown.
+    GITHUB_STEP_SUMMARY names a file, the table is appended to it as Markdown. Stages beside the denoiser are held
+    against L0 and L1; one without an engine or without golden data fails.
 
     With --merge the reports of several machines, of lehr gate --json or lehr evidence, become one verdict. A bundle
     among them must be the one that all of them were made of.
@@ -117,7 +121,7 @@ def command(
         if merge:
             made, data = _merged(paths, asked, expect)
         else:
-            made, data = _gated(paths[0], asked, target, recipe, baseline, networks)
+            made, data = _gated(paths[0], asked, target, recipe, stage_recipe, baseline, networks)
     except LehrError as e:
         _write_errors(paths[0].name, e, junit, sarif)
         raise
@@ -137,7 +141,16 @@ def command(
 def _check_usage(ctx: click.Context, paths: tuple[Path, ...], merge: bool, expect: tuple[str, ...]) -> None:
     given = {
         name
-        for name in ("target", "recipe", "baseline", "features", "text_features", "statistics", "prompts")
+        for name in (
+            "target",
+            "recipe",
+            "stage_recipe",
+            "baseline",
+            "features",
+            "text_features",
+            "statistics",
+            "prompts",
+        )
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
     if merge and given:
@@ -151,7 +164,13 @@ def _check_usage(ctx: click.Context, paths: tuple[Path, ...], merge: bool, expec
 
 
 def _gated(
-    path: Path, asked: Policy, target: str, recipe: str, baseline: Path | None, networks: Networks
+    path: Path,
+    asked: Policy,
+    target: str,
+    recipe: str,
+    stage_recipe: tuple[str, ...],
+    baseline: Path | None,
+    networks: Networks,
 ) -> tuple[Report, dict[str, Any]]:
     from lehr.ci.gate import gate
     from lehr.runtime import engine as engines
@@ -159,7 +178,14 @@ def _gated(
 
     opened = Bundle.open(path)
     old = None if baseline is None else Bundle.open(baseline)
-    made = gate(opened, engines.find(opened, target, recipe), asked, baseline=old, networks=networks)
+    made = gate(
+        opened,
+        engines.find(opened, target, recipe),
+        asked,
+        baseline=old,
+        networks=networks,
+        stage_recipes=stage_recipes(opened.manifest.stages, stage_recipe),
+    )
     return made, made.to_json()
 
 

@@ -21,8 +21,21 @@ def _engine(bundle: Any, record: Any) -> dict[str, Any]:
         "bytes": size,
         "achieved_precision": dict(record.achieved_precision),
         "operators": dict(record.operators),
+        "ends": {} if record.ends is None else _ends(record),
         "engine": record.folder,
         "parity": bundle.manifest.parity.get(record.folder),
+    }
+
+
+def _ends(record: Any) -> dict[str, Any]:
+    """Ends of a precision schedule: steps, recipe and what they compute in."""
+    return {
+        end: {
+            "steps": getattr(record.ends, end),
+            "recipe": recipe,
+            "achieved_precision": dict(record.plans[f"step.{end}"].achieved_precision),
+        }
+        for end, recipe in record.end_recipes.items()
     }
 
 
@@ -48,6 +61,31 @@ def _table(steps: int, solver: Any) -> dict[str, Any]:
         "steps": steps,
         "evaluations": len(solver),
         "noises": solver.num_noises,
+    }
+
+
+def _stage(bundle: Any, name: str, entry: Any) -> dict[str, Any]:
+    """One stage beside the denoiser."""
+    from lehr.runtime.engine import engines
+    from lehr.runtime.kits import kits
+
+    graph = entry.graph
+    size = bundle.manifest.known_files[graph.file].bytes + graph.weight_bytes * (graph.weights is not None)
+    return {
+        "kind": entry.spec.kind.value,
+        "family": entry.spec.family,
+        "parameters": graph.parameters,
+        "bytes": size,
+        "nodes": graph.nodes,
+        "flops": graph.flops,
+        "opset": graph.opset,
+        "weights": graph.weights is not None,
+        "golden": entry.golden in bundle.manifest.files,
+        "inputs": [tensor.to_json() for tensor in entry.spec.inputs],
+        "outputs": [tensor.to_json() for tensor in entry.spec.outputs],
+        "notes": dict(entry.spec.notes),
+        "engines": [_engine(bundle, record) for record in engines(bundle, name)],
+        "kits": [{"target": kit.target, "recipe": kit.recipe, "library": kit.library} for kit in kits(bundle, name)],
     }
 
 
@@ -110,11 +148,22 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
         "graphs": graphs,
         "engines": [_engine(opened, record) for record in engines(opened)],
         "kits": [{"target": kit.target, "recipe": kit.recipe, "library": kit.library} for kit in kits(opened)],
+        "stages": {name: _stage(opened, name, entry) for name, entry in manifest.stages.items()},
+        "pipeline": None if manifest.pipeline is None else manifest.pipeline.to_json(),
         "audit": _audit(opened),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": len(manifest.files),
     }
     emit(as_json, data, _prose(data))
+
+
+def _precision(engine: dict[str, Any]) -> str:
+    """What an engine computes in, its ends included."""
+    parts = [" ".join(f"{k}:{v:.0%}" for k, v in engine["achieved_precision"].items())]
+    for name, end in engine["ends"].items():
+        shares = " ".join(f"{k}:{v:.0%}" for k, v in end["achieved_precision"].items())
+        parts.append(f"{name} {end['steps']} in {end['recipe']} ({shares or 'unknown'})")
+    return "; ".join(parts)
 
 
 def _prose(data: dict[str, Any]) -> str:
@@ -147,6 +196,10 @@ def _prose(data: dict[str, Any]) -> str:
     if data["tables"]:
         steps = [(t["scheduler"], t["steps"], t["evaluations"], t["noises"]) for t in data["tables"]]
         parts.append(table(("scheduler", "steps", "evaluations", "noises"), steps))
+    if data["pipeline"] is not None:
+        parts.append(f"pipeline: {data['pipeline']['family']} ({data['pipeline']['class_name']})")
+    if data["stages"]:
+        parts.append(_stages(data["stages"]))
     if data["engines"]:
         rows = [
             (
@@ -154,7 +207,7 @@ def _prose(data: dict[str, Any]) -> str:
                 e["recipe"],
                 f"{e['library']} {e['library_version']}",
                 f"{e['bytes'] / 1e6:,.1f}",
-                " ".join(f"{k}:{v:.0%}" for k, v in e["achieved_precision"].items()),
+                _precision(e),
                 {None: "not verified", True: "passed", False: "FAILED"}[e["parity"] and e["parity"]["passed"]],
             )
             for e in data["engines"]
@@ -172,3 +225,30 @@ def _prose(data: dict[str, Any]) -> str:
             f"{a['findings']} findings; calibration/ranges.png"
         )
     return "\n\n".join(parts)
+
+
+def _stages(stages: dict[str, Any]) -> str:
+    """A row a stage and one for each of its engines."""
+    words = {None: "not verified", True: "passed", False: "FAILED"}
+    rows = [
+        (name, s["kind"], s["family"], f"{s['parameters']:,}", f"{s['bytes'] / 1e6:,.1f}", f"{s['flops'] / 1e9:,.3g}")
+        for name, s in stages.items()
+    ]
+    built = [
+        (
+            name,
+            e["target"],
+            e["recipe"],
+            f"{e['library']} {e['library_version']}",
+            f"{e['bytes'] / 1e6:,.1f}",
+            _precision(e),
+            words[e["parity"] and e["parity"]["passed"]],
+        )
+        for name, s in stages.items()
+        for e in s["engines"]
+    ]
+    told = table(("stage", "does", "family", "parameters", "MB", "GFLOPs"), rows)
+    if built:
+        told += "\n\n" + table(("stage", "target", "recipe", "library", "MB", "precision", "parity"), built)
+    waiting = ", ".join(f"{name} {k['target']} {k['recipe']}" for name, s in stages.items() for k in s["kits"])
+    return told + (f"\n\nbuild kits of stages: {waiting}" if waiting else "")
