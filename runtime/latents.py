@@ -119,8 +119,9 @@ class Coder:
                     mean, std = outputs["mean"], outputs.get("std", np.float32(0))
                 seed, index = (request.seeds[k], 0) if request.seeds else (request.seed, k)
                 encoded.append(mean + std * standard_normal(seed, index, mean.shape[1:], stream=stream))
-        inner = np.concatenate(encoded)
-        return ((inner - np.float32(latent.shift_factor)) * np.float32(latent.scaling_factor)).astype(np.float32)
+        inner: Array = np.concatenate(encoded)
+        scaled: Array = (inner - np.float32(latent.shift_factor)) * np.float32(latent.scaling_factor)
+        return scaled.astype(np.float32)
 
     def cells(self, mask: Array, num: int, height: int, width: int) -> Array:
         """A mask of pixels as one of latent cells, (N, 1, h, w) of 0 and 1: each cell takes its first pixel's value.
