@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -186,7 +187,7 @@ def draw(models: list[dict[str, Any]]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(models))
+    columns = math.ceil(len(models) ** 0.5)
     rows_ = -(-len(models) // columns)
     size = (max(7.0, 4.4 * columns), 3.9 * rows_)
     figure, axes = plt.subplots(rows_, columns, figsize=size, squeeze=False, constrained_layout=True)
@@ -211,6 +212,8 @@ def draw(models: list[dict[str, Any]]) -> None:
         for budget in BUDGETS:
             ax.axvline(budget, color="#dddddd", zorder=0)
         ax.set(title=model["model"], yscale="log", xlabel="SQNR, dB (60 and more at 60)", ylabel="time / eager fp32")
+    for spare in axes.flat[len(models) :]:
+        spare.set_axis_off()
     figure.savefig(PICTURE, dpi=110)
 
 

@@ -107,7 +107,7 @@ def opened(library: str, path: Path) -> Session | str:
     try:
         return file_session(library, path)
     except Exception as e:  # noqa: BLE001 — whatever the library says is the result
-        return f"{library} refuses its file: {str(e).splitlines()[0]}"
+        return f"{library} refuses its file: {str(e).splitlines()[0].replace(str(path), path.name)}"
 
 
 class Eager:
