@@ -5,7 +5,8 @@
 Writes benchmarks/results/budgets.json and docs/budgets.png. A budget is the least SQNR that one evaluation may have
 against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Engines take turns, each in a process of its own
 (``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe, after ``lehr
-calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16). Peers start from plain
+calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16), on the same inputs as the
+peers: loops of a network with random weights end far from where single evaluations are judged. Peers start from plain
 ``torch.onnx.export``; NNCF needs a Python that has it. Models are those of benchmarks/hoisted_precision.py. What a peer
 cannot do is recorded with its reason.
 """
@@ -38,7 +39,6 @@ NAME = "budgets"
 PICTURE = Path(__file__).parents[1] / "docs" / "budgets.png"
 BUDGETS = (30.0, 36.0, 40.0)
 TIMESTEPS, CALIBRATION = 6, 8
-SAMPLES, STEPS = "8", "8"  # of Lehr's calibration: models of this size take seconds a step
 HERE = Path(__file__).parent
 FACTORY = """
 import sys
@@ -83,7 +83,7 @@ def lehr(*words: str) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def our_engines(name: str, recipes: list[str], scratch: Path) -> tuple[list[Contestant], dict[str, str]]:
+def our_engines(name: str, recipes: list[str], data: Path, scratch: Path) -> tuple[list[Contestant], dict[str, str]]:
     """Lehr's engines of a model, and why some recipes have none."""
     source, bundle = name, scratch / "model.lehr"
     if shipped_weights(name) is None:
@@ -99,7 +99,7 @@ def our_engines(name: str, recipes: list[str], scratch: Path) -> tuple[list[Cont
         base, _, rest = recipe.partition("+")
         stored, problem = recipe.replace("+", "-"), None
         if base not in ("fp32", "bf16", "bf16-matmul"):
-            words = ["--recipe", base, "--name", stored, "--num", SAMPLES, "--steps", STEPS]
+            words = ["--recipe", base, "--name", stored, "--data", str(data)]
             problem = lehr("calibrate", str(bundle), *words, *(["--rest", rest] if rest else []))
         problem = problem or lehr("build", str(bundle), "--target", "cpu", "--recipe", stored, "--library", "auto")
         if problem:
@@ -141,11 +141,12 @@ def measure(name: str, recipes: list[str], nncf: str | None, seconds: float, scr
     """One model's engines and what each budget buys."""
     files = []
     for kind, seed, count in (("held-out", 100, TIMESTEPS), ("calibration", 500, CALIBRATION)):
+        (scratch / kind).mkdir()
         for k, feeds in enumerate(evaluations(name, seed, count)):
-            files.append(scratch / f"{kind}-{k}.npz")
+            files.append(scratch / kind / f"{k}.npz")
             write_inputs(files[-1], feeds)
     inputs, calibration = files[:TIMESTEPS], files[TIMESTEPS:]
-    ours, failed = our_engines(name, recipes, scratch)
+    ours, failed = our_engines(name, recipes, scratch / "calibration", scratch)
     source = name if shipped_weights(name) is not None else f"{scratch / 'model.py'}:make"
     others = peers(source, inputs[0], scratch)
     made_by_tools, also_failed = quantised(scratch / "peer.onnx", calibration, scratch, nncf)

@@ -8,6 +8,7 @@ Tables and trajectories are computed here; the curves of quality are drawn from 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from environment import RESULTS
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import SymLogNorm
 
 from lehr.runtime.loop import Step, sample
@@ -29,7 +31,7 @@ from lehr.runtime.paths import Path as NoisePath
 from lehr.runtime.prediction import EPSILON, FLOW_PREDICTION, Prediction, PredictionKind
 from lehr.runtime.solvers import sampler, solver_table
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"})
 
@@ -49,14 +51,14 @@ TABLE_STEPS = 12
 def draw_tables() -> None:
     """Coefficients of the network's outputs (left) and of x_T and the noises, a row an evaluation."""
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.8), layout="constrained")
-    image = None
+    norm = SymLogNorm(linthresh=0.03, vmin=-3, vmax=3)
+    colours = ScalarMappable(norm, "RdBu_r")
     for axis, name in zip(axes.flat, TABLES, strict=True):
         table = solver_table(name, VP(), Prediction(kind=PredictionKind.SAMPLE), TABLE_STEPS)
         n, noises = len(table), table.num_noises
         matrix = np.concatenate([table.start[:, None], table.outputs, table.noises], axis=1)
         shown = np.where(matrix == 0, np.nan, matrix)
-        norm = SymLogNorm(linthresh=0.03, vmin=-3, vmax=3)
-        image = axis.imshow(shown, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+        axis.imshow(shown, cmap=colours.cmap, norm=norm, aspect="auto", interpolation="nearest")
         for border in (0.5, n + 0.5) if noises else (0.5,):
             axis.axvline(border, color="0.6", lw=0.8)
         axis.axhline(n - 0.5, color="0.6", lw=0.8)
@@ -70,7 +72,7 @@ def draw_tables() -> None:
         axis.set_yticks([0, n], ["first input", r"$x_\mathrm{final}$"])
         axis.tick_params(length=0)
         axis.set_frame_on(False)
-    figure.colorbar(image, ax=axes, shrink=0.75, label="coefficient", ticks=[-3, -1, -0.1, 0, 0.1, 1, 3], format="%g")
+    figure.colorbar(colours, ax=axes, shrink=0.75, label="coefficient", ticks=[-3, -1, -0.1, 0, 0.1, 1, 3], format="%g")
     save(figure, "sampler-tables")
 
 
@@ -125,7 +127,7 @@ def draw_trajectories(shown: int = 16, counted: int = 4000) -> None:
             inputs.append(step.sample[:shown, 0].copy())
 
         final = sample(
-            lambda x, t, path=path, prediction=prediction: output(x, t, path, prediction),
+            partial(output, path=path, prediction=prediction),
             table,
             noise * table.init_noise_sigma,
             injected=lambda j: batch_normal(0, range(counted), (1,), stream=1 + j).astype(np.float64),
@@ -174,7 +176,7 @@ def _draw_panel(axis: Axes, model: str, entry: dict[str, Any], stochastic: bool)
         label = " = ".join([name, *twins.get(name, [])])
         if all(distance > WORST for _, distance in points):
             label += f" (above {WORST})"
-        style = {"color": f"C{k % 10}", "ls": "-" if k < 10 else "--", "marker": "o" if k < 10 else "s"}
+        style: dict[str, Any] = {"color": f"C{k % 10}", "ls": "-" if k < 10 else "--", "marker": "o" if k < 10 else "s"}
         axis.plot(*zip(*points, strict=True), label=label, lw=1.2, ms=3, **style)
     real = entry["frechet_distance_of_training_pictures"]
     axis.axhline(real, color="0.3", lw=1, ls=":", label=f"{entry['samples']} real pictures")

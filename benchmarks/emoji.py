@@ -161,11 +161,13 @@ def figures(results: dict[str, Any], training: dict[str, Any]) -> str:
     """What stands between the marks of docs/emoji.md."""
     stages = training["stages"]
     hours = stages["denoiser"]["seconds"] / 3600
-    steps = stages["denoiser"]["loss"][-1][0]
-    batch, minutes = training["schedule"]["batch"], stages["vae"]["seconds"] / 60
+    steps = stages["denoiser"]["held_out_percent"][-1][0]
+    batch = training["schedule"]["batch"]
+    text, vae = (stages[name]["seconds"] / 60 for name in ("text", "vae"))
     lines = [
         f"The shipped weights had {steps:,} steps of {batch} captions in {hours:.1f} hours, on one core of a machine",
-        f"with other work; the autoencoder had {minutes:.0f} minutes.",
+        f"with other work, after {text:.0f} minutes of both for the text encoder and {vae:.0f} minutes of one for the",
+        "autoencoder.",
         "",
         f"| | {' | '.join(results['recipes'])} |",
         f"| --- |{' --- |' * len(results['recipes'])}",

@@ -37,6 +37,7 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.golden import Golden, Tier, read
 from lehr.runtime.golden import write as write_golden
+from lehr.runtime.hoisted import load_denoiser
 from lehr.runtime.recipe import recipe
 
 WANTED = 200
@@ -122,7 +123,7 @@ def goldens(model: str, count: int) -> list[Golden]:
 def variations(scratch: Path) -> Iterator[dict[str, Any]]:
     """Judge them one after the other."""
     release = policy("release", dt.date(2030, 1, 1))
-    load = gates.load_denoiser
+    load = load_denoiser
     for model, (plan, batches, seeds) in PLAN.items():
         root = scratch / f"{model}.lehr"
         export(model, root, Options(), progress=lambda text: None)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from environment import RESULTS, write
 from safetensors.torch import load_file
 from torch import nn
 
-from lehr.engines.builders import builder
+from lehr.engines import openvino_cpu
 from lehr.engines.graph.split import Part, split
 from lehr.engines.graph.weights import bind_weights, save_graph
+from lehr.engines.job import Job
+from lehr.engines.target import target
 from lehr.export.backbones import preset
 from lehr.export.eager import eager
 from lehr.export.source import shipped_weights
@@ -122,15 +125,22 @@ def engine(parts: dict[str, Part], spec: ModelSpec, folder: Path, sizes: dict[st
     plans = {}
     for name, part in parts.items():
         save_graph(part.model, folder / f"{name}.onnx")
-        feeds = {}
+        feeds: dict[str, Array] = {}
         for tensor in part.spec.inputs:
-            feeds[tensor.name] = known.get(tensor.name)
-            if feeds[tensor.name] is None:
+            if tensor.name in known:
+                feeds[tensor.name] = known[tensor.name]
+            else:
                 feeds[tensor.name] = standard_normal(0, 0, tensor.sizes(dims)).astype(tensor.dtype.numpy)
         chosen = recipe("bf16" if name == "step" else "fp32")
-        plans[name] = builder("openvino").build(
-            folder / f"{name}.onnx", feeds, folder, name=name, recipe=chosen, threads=0
+        job = Job(
+            name=name,
+            graph=folder / f"{name}.onnx",
+            recipe=chosen,
+            target=target("cpu"),
+            library="openvino",
+            feeds=feeds,
         )
+        plans[name] = openvino_cpu.build(job, folder)
     library = backend("openvino")
     signatures = {name: part.spec for name, part in parts.items()}
     return hoisted_denoiser(spec, signatures, lambda name: library.load(folder / plans[name].file, plans[name].options))
@@ -186,9 +196,7 @@ def measure(name: str) -> dict[str, Any]:
             kind: [sqnr_db(r, network(sample, t, feeds)) for t, r in zip(timesteps, reference, strict=True)]
             for kind, network in networks.items()
         }
-        times = interleaved(
-            {kind: lambda n=network: n(sample, timesteps[0], feeds) for kind, network in networks.items()}
-        )
+        times = interleaved({kind: partial(network, sample, timesteps[0], feeds) for kind, network in networks.items()})
     parameters = sum(parameter.numel() for parameter in module.parameters())
     row = {"model": name, "parameters": parameters, "timesteps": timesteps, "sqnr_db": errors, "milliseconds": times}
     print({kind: f"{min(values):.1f} dB, {times[kind]:.1f} ms" for kind, values in errors.items()}, file=sys.stderr)

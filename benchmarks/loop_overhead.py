@@ -58,29 +58,30 @@ def diffusion(name: str, order: int, scheduler: Any) -> Peer:
     return Peer(name=name, order=order, scheduler=scheduler, path=VP(), prediction=EPSILON)
 
 
+SCHEDULERS: Any = diffusers  # whose constructors have no types
 PEERS = (
-    diffusion("ddim", 1, diffusers.DDIMScheduler(clip_sample=False)),
-    diffusion("euler", 1, diffusers.EulerDiscreteScheduler()),
-    diffusion("heun", 2, diffusers.HeunDiscreteScheduler()),
-    diffusion("dpm_2", 2, diffusers.KDPM2DiscreteScheduler()),
-    diffusion("lms", 4, diffusers.LMSDiscreteScheduler()),
-    diffusion("dpmpp_2m", 2, diffusers.DPMSolverMultistepScheduler()),
-    diffusion("dpmpp_2s", 2, diffusers.DPMSolverSinglestepScheduler()),
-    diffusion("unipc", 3, diffusers.UniPCMultistepScheduler(solver_order=3)),
-    diffusion("deis", 3, diffusers.DEISMultistepScheduler(solver_order=3)),
-    diffusion("pndm", 4, diffusers.PNDMScheduler(skip_prk_steps=True)),
-    diffusion("ipndm", 4, diffusers.IPNDMScheduler()),
+    diffusion("ddim", 1, SCHEDULERS.DDIMScheduler(clip_sample=False)),
+    diffusion("euler", 1, SCHEDULERS.EulerDiscreteScheduler()),
+    diffusion("heun", 2, SCHEDULERS.HeunDiscreteScheduler()),
+    diffusion("dpm_2", 2, SCHEDULERS.KDPM2DiscreteScheduler()),
+    diffusion("lms", 4, SCHEDULERS.LMSDiscreteScheduler()),
+    diffusion("dpmpp_2m", 2, SCHEDULERS.DPMSolverMultistepScheduler()),
+    diffusion("dpmpp_2s", 2, SCHEDULERS.DPMSolverSinglestepScheduler()),
+    diffusion("unipc", 3, SCHEDULERS.UniPCMultistepScheduler(solver_order=3)),
+    diffusion("deis", 3, SCHEDULERS.DEISMultistepScheduler(solver_order=3)),
+    diffusion("pndm", 4, SCHEDULERS.PNDMScheduler(skip_prk_steps=True)),
+    diffusion("ipndm", 4, SCHEDULERS.IPNDMScheduler()),
     Peer(
         name="flow_euler",
         order=1,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        scheduler=SCHEDULERS.FlowMatchEulerDiscreteScheduler(),
         path=LinearFlow(),
         prediction=FLOW_PREDICTION,
     ),
     Peer(
         name="flow_heun",
         order=2,
-        scheduler=diffusers.FlowMatchHeunDiscreteScheduler(),
+        scheduler=SCHEDULERS.FlowMatchHeunDiscreteScheduler(),
         path=LinearFlow(),
         prediction=FLOW_PREDICTION,
     ),

@@ -3,7 +3,8 @@
 ``python benchmarks/preset_traces.py`` traces every preset in a process of its own on two threads and writes the results
 after each, so that a run that was cut short goes on where it stopped; ``python benchmarks/preset_traces.py NAME...``
 measures those presets again. Seconds are of the trace alone, in wall time and on the processor (which depends less on
-what else runs); memory is the process's peak, libraries included.
+what else runs); memory is the process's peak, libraries included. ``--memory`` leaves the seconds out, for a machine
+that does something else besides; a plain run fills them in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lehr.export.backbones import presets
 
 NAME = "preset_traces"
 LIMITS = {"cpu_seconds": 120, "peak_rss_mb": 1200}
+TIMES = ("seconds", "cpu_seconds")
 _TRACE = """
 import json, resource, sys, tempfile, time, torch
 from pathlib import Path
@@ -57,11 +59,13 @@ def main() -> None:
     """Trace what has no result yet, or what the command line names."""
     path = RESULTS / f"{NAME}.json"
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["presets"] if path.is_file() else {}
-    again = sys.argv[1:]
-    for name in again or sorted(set(presets()) - set(rows)):
-        rows[name] = traced(name)
+    busy, again = "--memory" in sys.argv[1:], [name for name in sys.argv[1:] if name != "--memory"]
+    done = {name for name, row in rows.items() if busy or "seconds" in row}
+    for name in again or sorted(set(presets()) - done):
+        row = traced(name)
+        rows[name] = {key: value for key, value in row.items() if not (busy and key in TIMES)}
         print(name, rows[name], flush=True)
-        worst = {key: max(row[key] for row in rows.values()) for key in LIMITS}
+        worst = {key: max(row[key] for row in rows.values() if key in row) for key in LIMITS}
         write(NAME, {"limits": LIMITS, "worst": worst, "presets": dict(sorted(rows.items()))})
 
 

@@ -1,7 +1,7 @@
 """Quantised step graphs beside those of other tools: output SQNR, final samples, and time on the same engine library.
 
     python benchmarks/quantisation.py [MODEL ...] [--bundles FOLDER] [--samples 64] [--nncf FOLDER]
-                                      [--modelopt PYTHON] [--accuracy-control] [--budgets 35,45]
+                                      [--modelopt PYTHON] [--accuracy-control] [--budgets 35,45] [--only RECIPE,...]
 
 Writes benchmarks/results/quantisation.json and docs/quantisation-samples-MODEL.png. MODEL is digits-dit or digits-adm;
 each is exported (or taken from ``FOLDER/MODEL.lehr``) into a scratch folder and calibrated there. Peers get the same
@@ -9,6 +9,8 @@ step graph and the same calibration inputs. Every graph runs inside the same loo
 held-out seeds against the float32 graph on the same noise. Output SQNR is 10 log10(Σ ref² / Σ (ref - x)²) over all
 evaluations of eight such loops, at the reference's inputs. Times are medians of evaluations at batch 2 that take turns,
 by library; eager PyTorch computes the conditioning at every step, which the step graphs have been relieved of.
+
+``--only`` measures the quality of some recipes anew, and leaves every other figure of the model as it was.
 
 A peer that is not installed is written down as missing, with what to install. ``--nncf`` names a folder that NNCF was
 installed into (``pip install --target``), ``--modelopt`` a Python that has ModelOpt.
@@ -31,27 +33,31 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from environment import RESULTS, write
-from quantisation_peers import modelopt, nncf_accuracy_control, ort_static
-from quantised_peers import nncf, ort_dynamic
+from quantised_peers import modelopt, nncf, nncf_accuracy_control, ort_dynamic, ort_static
 
 from lehr.calibration.budget import Measure, parse_budget
 from lehr.calibration.budgeted import Wish, calibrate_to_budget, report, saved
-from lehr.calibration.calibrate import calibrate
+from lehr.calibration.calibrate import Data, gather, provenance, store
 from lehr.calibration.execute import Session, inlined, step_graph
 from lehr.calibration.held_out import HeldOut, Settings
+from lehr.calibration.layers import layers
+from lehr.calibration.observers import observe
+from lehr.calibration.recipes import needs_grams, plan_of
 from lehr.calibration.timing import by_onnxruntime, by_openvino, few_rows, interleaved
 from lehr.calibration.tracks import only
 from lehr.calibration.trajectories import collect, portable_denoiser
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import LehrError, RunFailed
 from lehr.runtime.picture import grid, save_png, to_bytes
+from lehr.runtime.recipe import recipe
+from lehr.runtime.timing import write_inputs
 
 Array = npt.NDArray[Any]
 NAME = "quantisation"
 PICTURE = Path(__file__).parents[1] / "docs" / "quantisation-samples.png"
 MODELS = ("digits-dit", "digits-adm")
-RECIPES = ("int8", "int8-sq", "int8-weight", "int4-weight", "fp8")
-TIMED = ("int8", "int8-sq", "int8-weight")  # others have no kernels on this machine
+RECIPES = ("int8", "int8-sq", "int8-asym", "int8-weight", "int4-weight", "fp8")
+TIMED = ("int8", "int8-sq", "int8-asym", "int8-weight")  # others have no kernels on this machine
 SHOWN = 10  # samples of each row of the picture
 EXACT_DB = 60.0  # what accuracy control is told that the float graph reaches; infinity is no number for it
 
@@ -152,7 +158,7 @@ def peer_files(
     inputs = []
     for number, row in enumerate(feeds):
         inputs.append(folder / f"feeds-{number:04d}.npz")
-        np.savez(inputs[-1], **row)
+        write_inputs(inputs[-1], row)
     transformer = "dit" in held_out.spec.name
 
     def psnr(compiled: Any) -> float:
@@ -165,12 +171,12 @@ def peer_files(
     psnr_judges: dict[str, HeldOut] = {}
     makers: dict[str, tuple[str, Path, Callable[[Path], Any]]] = {
         "ort-dynamic": ("onnxruntime", folder / "dynamic.onnx", lambda path: ort_dynamic(graph, path, inputs)),
-        "ort-static": ("onnxruntime", folder / "static.onnx", lambda path: ort_static(graph, feeds, path)),
+        "ort-static": ("onnxruntime", folder / "static.onnx", lambda path: ort_static(graph, path, inputs)),
         "nncf": ("openvino", folder / "nncf.xml", lambda path: nncf(graph, path, inputs)),
         "modelopt": (
             "onnxruntime",
             folder / "modelopt.onnx",
-            lambda path: modelopt(graph, feeds, path, python=arguments.modelopt),
+            lambda path: modelopt(graph, path, inputs, python=arguments.modelopt),
         ),
     }
     if arguments.accuracy_control:
@@ -178,7 +184,7 @@ def peer_files(
             "openvino",
             folder / "nncf-accuracy.xml",
             lambda path: nncf_accuracy_control(
-                graph, feeds, path, transformer=transformer, psnr=psnr, budget=arguments.budgets[0], exact=EXACT_DB
+                graph, path, inputs, transformer=transformer, psnr=psnr, budget=arguments.budgets[0], exact=EXACT_DB
             ),
         )
     made: dict[str, tuple[str, Path]] = {}
@@ -195,18 +201,46 @@ def peer_files(
     return made, missing
 
 
-def measure(model: str, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One model's row."""
+def opened_bundle(model: str, scratch: Path, bundles: Path | None) -> Bundle:
+    """The model's bundle in the scratch folder, exported or copied."""
     root = scratch / f"{model}.lehr"
-    if arguments.bundles is None:
+    if bundles is None:
         subprocess.run([sys.executable, "-m", "lehr", "export", model, "-o", str(root)], check=True)
     else:
-        shutil.copytree(arguments.bundles / f"{model}.lehr", root)
-    bundle = Bundle.open(root)
+        shutil.copytree(bundles / f"{model}.lehr", root)
+    return Bundle.open(root)
+
+
+def calibrated(bundle: Bundle, names: Sequence[str]) -> None:
+    """Calibrate for several recipes with one look at the data."""
+    found = layers(step_graph(bundle), sample=bundle.manifest.model.sample.name)
+    plans = {name: plan_of(name, found) for name in names}
+    grams = sorted({layer for plan in plans.values() for layer in needs_grams(plan)})
+    trajectories = gather(bundle, Data())
+    statistics = observe(bundle, trajectories, grams=grams)
+    for name, plan in plans.items():
+        store(bundle, recipe(name), plan, statistics, provenance=provenance(trajectories))
+
+
+def anew(model: str, scratch: Path, arguments: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """A model's row with some recipes measured again."""
+    bundle = opened_bundle(model, scratch, arguments.bundles)
+    held_out = HeldOut(bundle, Settings(num=known["samples"]))
+    rows = dict(known["rows"])
+    calibrated(bundle, arguments.only)
+    for name in arguments.only:
+        found = _quality(held_out, ir.load(bundle.path(f"calibration/{name}/step.onnx")))
+        rows[name] = {**found, "version": recipe(name).version}
+    return {**known, "rows": rows}
+
+
+def measure(model: str, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One model's row."""
+    bundle = opened_bundle(model, scratch, arguments.bundles)
     held_out = HeldOut(bundle, Settings(num=arguments.samples))
     graphs: dict[str, Callable[[], ir.Model]] = {"fp32": lambda: step_graph(bundle)}
+    calibrated(bundle, RECIPES)
     for name in RECIPES:
-        calibrate(bundle, name)
         graphs[name] = loaded(bundle.path(f"calibration/{name}/step.onnx"))
     feeds = calibration_feeds(bundle, scratch / "trajectories")
     whole = scratch / "step.onnx"  # weights inside: peers refuse or lose external ones
@@ -304,6 +338,7 @@ def main() -> None:
     parser.add_argument("--modelopt", type=Path)
     parser.add_argument("--accuracy-control", action="store_true")
     parser.add_argument("--budgets", type=limits, default=[35.0, 50.0])
+    parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--scratch", type=Path)
     arguments = parser.parse_args()
     if arguments.accuracy_control and not arguments.budgets:
@@ -314,7 +349,10 @@ def main() -> None:
     known = {row["model"]: row for row in json.loads(stored.read_text())["models"]} if stored.is_file() else {}
     for model in arguments.models:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            known[model] = measure(model, Path(scratch), arguments)
+            if arguments.only:
+                known[model] = anew(model, Path(scratch), arguments, known[model])
+            else:
+                known[model] = measure(model, Path(scratch), arguments)
         write(NAME, {"models": [known[name] for name in MODELS if name in known]})
 
 

@@ -104,10 +104,10 @@ def table(known: Sequence[Run]) -> str:
         shared = (libraries, built(target), ran(target, known), lacking(target, known))
         alone = target.name if shared[2] != "no" else ""
         rows.setdefault((f"{alone} {' '.join(target.arch)}", *shared), []).append(target)
-    for (_, *shared), members in rows.items():
+    for (_, *cells), members in rows.items():
         sm = sorted({one for target in members for one in target.sm}, key=float)
         names = ", ".join(f"`{target.name}`" for target in members)
-        lines.append(f"| {' | '.join([names, ', '.join(sm) or 'any', *shared])} |")
+        lines.append(f"| {' | '.join([names, ', '.join(sm) or 'any', *cells])} |")
     return "\n".join(lines) + "\n"
 
 

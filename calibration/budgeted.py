@@ -229,10 +229,9 @@ def recipes_for(target: Target | None, rest: Format, found: tuple[Layer, ...]) -
     """
     allowed = {*Format} if target is None else set(target.formats)
     if target is None or not target.sm:  # CPUs emulate the others, which is slow and saves nothing
-        allowed &= {Format.INT8, Format.INT4, Format.FP32, Format.BF16}
+        allowed &= {Format.INT8, Format.UINT8, Format.INT4, Format.FP32, Format.BF16}
     able = [name for name in POLICIES if _needs(name, rest) <= allowed]
-    kinds = {layer.kind for layer in found if not layer.roles}
-    able = [name for name in able if kinds & set(POLICIES[name].configs)]
+    able = [name for name in able if any(POLICIES[name].takes(layer) for layer in found)]
     if not able:
         where = "this machine" if target is None else f"target {target.where!r}"
         raise InvalidInput(
@@ -245,7 +244,7 @@ def recipes_for(target: Target | None, rest: Format, found: tuple[Layer, ...]) -
 def _needs(name: str, rest: Format) -> set[Format]:
     shipped = RECIPES[name]
     arithmetic = rest if shipped.arithmetic is shipped.rest else shipped.arithmetic
-    return {shipped.weights, arithmetic, rest}
+    return {shipped.weights, arithmetic, rest, *shipped.others}
 
 
 def options_of(found: tuple[Layer, ...], recipes: tuple[str, ...]) -> dict[str, dict[str, Config]]:

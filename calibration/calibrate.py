@@ -7,7 +7,7 @@ the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.calibrated import CALIBRATED_VERSION, GRAPH, RECORD, calibrated_folder
 from lehr.runtime.errors import BundleError
 from lehr.runtime.hoisted import STEP
+from lehr.runtime.manifest import GraphEntry
 from lehr.runtime.recipe import Format, Recipe, recipe
 
 OnStep = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
@@ -183,38 +184,82 @@ def store(
         InvalidInput: the plan does not fit the graph, or another process is writing to the bundle.
         RunFailed: the disk is full.
     """
-    entry = bundle.manifest.graphs[STEP]
-    names = [name for name in (entry.file, entry.weights) if name is not None]
     model = step_graph(bundle)
     count = len(layers(model, sample=bundle.manifest.model.sample.name))
     quantize(model, plan, statistics)
-    choices = json.loads(model.metadata_props.pop(CHOICES))
-    folder = calibrated_folder(chosen.name)
+    files = write_quantised(
+        bundle,
+        chosen,
+        model,
+        plan,
+        bundle.manifest.graphs[STEP],
+        more={
+            **(more or {}),
+            "sources": sources_of_ends(bundle, chosen),
+            "data": dict(provenance),
+            "statistics": statistics.digest,
+        },
+    )
+    return Calibration(
+        recipe=chosen,
+        plan=dict(plan),
+        layers=count,
+        weight_bytes=weight_bytes_of(bundle, files),
+        portable_bytes=_portable_bytes(bundle),
+        files=files,
+        digest=statistics.digest,
+    )
+
+
+def write_quantised(
+    bundle: Bundle,
+    chosen: Recipe,
+    model: ir.Model,
+    plan: Mapping[str, Config],
+    entry: GraphEntry,
+    *,
+    more: Mapping[str, Any],
+    stage: str | None = None,
+) -> dict[str, str]:
+    """Keep a quantised graph under the recipe's name, of the denoiser or of a stage.
+
+    Args:
+        bundle: the result replaces one of the same recipe.
+        chosen: the recipe.
+        model: as :func:`.quantize` left it.
+        plan: layer -> configuration.
+        entry: the portable graph that it was made from.
+        more: further fields of ``recipe.json``; ``sources`` beside the graph's own.
+        stage: whose graph it is; None for the denoiser's.
+
+    Returns:
+        The files in the bundle, with their SHA-256.
+
+    Raises:
+        InvalidInput: another process is writing to the bundle.
+        RunFailed: the disk is full.
+    """
+    names = [name for name in (entry.file, entry.weights) if name is not None]
+    own = {name: bundle.manifest.files[name].sha256 for name in names}
+    folder = calibrated_folder(chosen.name, stage)
     record: dict[str, Any] = {
-        **(more or {}),
+        **more,
         "version": CALIBRATED_VERSION,
         "recipe": chosen.to_json(),
-        "sources": {name: bundle.manifest.files[name].sha256 for name in names} | sources_of_ends(bundle, chosen),
-        "data": dict(provenance),
-        "statistics": statistics.digest,
+        "sources": own | dict(more.get("sources", {})),
         "plan": {name: config_to_json(config) for name, config in plan.items()},
-        "choices": choices,
+        "choices": json.loads(model.metadata_props.pop(CHOICES)),
     }
     with bundle.edit() as edit:
         place = edit.folder(folder)
         write_graph(model, place, GRAPH)
         edit.add_json(f"{folder}/{RECORD}", record)
-    kept = {name: bundle.manifest.files[name] for name in bundle.names(f"{folder}/")}
-    weights = next((file.bytes for name, file in kept.items() if name.endswith(".safetensors")), 0)
-    return Calibration(
-        recipe=chosen,
-        plan=dict(plan),
-        layers=count,
-        weight_bytes=weights,
-        portable_bytes=_portable_bytes(bundle),
-        files={name: file.sha256 for name, file in kept.items()},
-        digest=statistics.digest,
-    )
+    return {name: bundle.manifest.files[name].sha256 for name in bundle.names(f"{folder}/")}
+
+
+def weight_bytes_of(bundle: Bundle, files: Iterable[str]) -> int:
+    """Size of the weights among files of a bundle."""
+    return sum(bundle.manifest.files[name].bytes for name in files if name.endswith(".safetensors"))
 
 
 def store_schedule(bundle: Bundle, chosen: Recipe) -> Calibration:

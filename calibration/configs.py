@@ -1,7 +1,7 @@
 """How one layer is quantised, as values. The type of a configuration chooses what rewrites the layer.
 
-Everything is symmetric around zero: TensorRT takes nothing else, and a CPU's unsigned activations are the same numbers
-shifted by 128 (:mod:`lehr.engines.graph.lowering.unsigned`).
+Everything but :data:`ZeroPoint.OWN` is symmetric around zero: TensorRT takes nothing else, and a CPU's unsigned
+activations are the same numbers shifted by 128 (:mod:`lehr.engines.graph.lowering.unsigned`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class Range(str, Enum):
     PERCENTILE = "percentile"  # 99.99 % of the magnitudes
     MSE = "mse"  # least mean squared error of rounding and clipping together
     ENTROPY = "entropy"  # least divergence between the histogram and its quantised one
+
+
+class ZeroPoint(str, Enum):
+    """Where the integers of an activation have their zero."""
+
+    CENTRE = "centre"  # in the middle, which every engine library takes
+    OWN = "own"  # where the range needs it: SiLU's results reach from -0.28 to 5, and lose a bit with the other
 
 
 class Rounding(str, Enum):
@@ -61,7 +68,7 @@ class WeightOnly:
     rounding: Rounding = Rounding.NEAREST
 
     def __post_init__(self) -> None:
-        _hold(self.format in QUANTISED, self, f"{self.format.value} is no quantised format")
+        _hold(self.format in QUANTISED - {Format.UINT8}, self, f"{self.format.value} is no quantised format of weights")
         _hold(self.block is None or self.block >= NVFP4_BLOCK, self, f"block is {self.block}, expected 16 or more")
         if self.format is Format.NVFP4:
             _hold(self.block in (None, NVFP4_BLOCK), self, f"block is {self.block}; nvfp4 has blocks of {NVFP4_BLOCK}")
@@ -75,12 +82,14 @@ class Int8:
 
     Attributes:
         activation: how the activation's range is chosen.
+        zero: of the activation; weights are symmetric always.
         alphas: exponents tried for moving outliers from the activation into the weight (SmoothQuant,
             arXiv:2211.10438), the best by predicted error is taken; empty for none.
         rounding: of the weight.
     """
 
     activation: Range = Range.MIN_MAX
+    zero: ZeroPoint = ZeroPoint.CENTRE
     alphas: tuple[float, ...] = ()
     rounding: Rounding = Rounding.NEAREST
 
@@ -154,7 +163,7 @@ def config_from_json(data: Any) -> Config:
     if data["type"] not in CONFIGS:
         raise UnknownName("layer configuration", data["type"], CONFIGS)
     kind = CONFIGS[data["type"]]
-    readers = {"format": Format, "activation": Range, "rounding": Rounding, "alphas": tuple}
+    readers = {"format": Format, "activation": Range, "zero": ZeroPoint, "rounding": Rounding, "alphas": tuple}
     try:
         return kind(**{key: readers.get(key, _same)(value) for key, value in data.items() if key != "type"})
     except (TypeError, ValueError) as e:

@@ -49,7 +49,7 @@ def count_by_channel(values: Array) -> Array:
     return np.bincount(index.reshape(-1), minlength=channels * BINS).reshape(channels, BINS)
 
 
-def range_of(histogram: Array, peak: float, method: Range, levels: int = 127) -> float:
+def range_of(histogram: Array, peak: float, method: Range, levels: float = 127) -> float:
     """The largest magnitude that should be represented.
 
     Args:
@@ -65,11 +65,11 @@ def range_of(histogram: Array, peak: float, method: Range, levels: int = 127) ->
         at = int(np.searchsorted(np.cumsum(histogram), _PERCENTILE * total))
         return min(peak, float(edges()[min(at + 1, BINS)]))
     if method is Range.ENTROPY:
-        return _least_divergence(histogram, peak, levels)
+        return _least_divergence(histogram, peak, int(levels))
     return float(peak * _CANDIDATES[int(np.argmin(squared_error(histogram, peak, peak * _CANDIDATES, levels)))])
 
 
-def squared_error(histogram: Array, peak: float, limits: Array, levels: int = 127) -> Array:
+def squared_error(histogram: Array, peak: float, limits: Array, levels: float = 127) -> Array:
     """Summed squared error of rounding to ``levels`` steps up to each of ``limits`` and clipping beyond.
 
     Within a bin magnitudes are taken as spread evenly; what lies below half a step becomes zero and loses itself.

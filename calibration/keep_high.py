@@ -276,8 +276,13 @@ def _computes(node: ir.Node) -> bool:
 
 def writers(model: ir.Model) -> set[ir.Node]:
     """The last matrix product or convolution before each output, and what comes after it."""
+    return writers_of(model.graph.outputs)
+
+
+def writers_of(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """The same before ``values``."""
     found: set[ir.Node] = set()
-    waiting = [value.producer() for value in model.graph.outputs]
+    waiting = [value.producer() for value in values]
     while waiting:
         node = waiting.pop()
         if node is None or node in found or not _computes(node):

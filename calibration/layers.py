@@ -36,6 +36,7 @@ class Role(str, Enum):
     LAST = "last"  # writes the prediction: nothing damps its errors
     CONDITIONING = "conditioning"  # does not depend on the sample, so it errs alike at every step
     SHORTCUT = "shortcut"  # carries a residual stream past other layers, so what it loses the stream has lost
+    POINTWISE = "pointwise"  # a convolution of single pixels: of those around it, little of the arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,8 @@ def layers(model: ir.Model, sizes: Mapping[str, int] | None = None, *, sample: s
             roles.add(Role.LAST)
         if weight is not None and _is_shortcut(node):
             roles.add(Role.SHORTCUT)
+        if kind is Kind.CONV and weight is not None and set(_static(weight)[2:]) == {1}:
+            roles.add(Role.POINTWISE)
         count = {Kind.ATTENTION: 3, Kind.PRODUCT: 2}.get(kind, 1)
         found.append(
             Layer(

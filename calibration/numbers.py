@@ -36,6 +36,17 @@ def scales_of(peaks: Array, largest: float) -> Array:
     return np.asarray(np.maximum(np.ceil(short / TINY) * TINY, TINY), np.float32)
 
 
+def affine(low: float, high: float) -> tuple[Array, int]:
+    """The scale and the zero point by which int8 reaches from ``low`` to ``high``, to half a step at either end.
+
+    Args:
+        low: the smallest number, at most 0.
+        high: the largest, at least 0.
+    """
+    scale = scales_of(np.array(high - low), 255.0)
+    return scale, int(np.clip(np.rint(-128 - low / float(scale)), -128, 127))
+
+
 def to_integers(values: Array, scale: Array, bits: int) -> Array:
     """Nearest integers of ``values / scale``, ties to even, within the format: int8, or ml_dtypes' int4."""
     kind = np.dtype(np.int8) if bits == 8 else np.dtype(ml_dtypes.int4)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ import onnx_ir as ir
 
 from lehr.calibration.collected import Trajectories
 from lehr.calibration.columns import columns
-from lehr.calibration.configs import Range
-from lehr.calibration.histogram import BINS, count_by_channel, range_of
+from lehr.calibration.histogram import BINS, count_by_channel
 from lehr.calibration.layers import Kind, Layer, layers
+from lehr.calibration.observed import Statistics, TensorStatistics
 from lehr.calibration.ranges import buckets
 from lehr.calibration.trajectories import portable_denoiser, portable_session
 from lehr.engines.graph.cost import nbytes
@@ -34,95 +34,13 @@ from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.hoisted import STEP
 
+__all__ = ["MEMORY", "Gatherer", "Observer", "Statistics", "TensorStatistics", "digest_of", "observe"]
+
 Array = npt.NDArray[Any]
 OnStep = Callable[[int, int], None]
 
 MEMORY = 1 << 29  # bytes of activations that one session hands out at a time
 MAX_GRAM = 8192  # inputs of one output beyond which no matrix of their products is kept (512 MB)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorStatistics:
-    """One tensor.
-
-    Attributes:
-        axis: of the channels.
-        low, high: the smallest and largest number.
-        peak: (K, C) float32, the largest magnitude.
-        histogram: (K, BINS) float64, how many magnitudes lie in each bin.
-        by_channel: (C, BINS) float64, the same over all buckets, weighed.
-        mean, magnitude, square: (C,) float64, weighed means of x, |x| and x².
-        weights: (K,) float64, what one number of each bucket counts.
-    """
-
-    axis: int
-    low: float
-    high: float
-    peak: Array
-    histogram: Array
-    by_channel: Array
-    mean: Array
-    magnitude: Array
-    square: Array
-    weights: Array
-
-    def channel_peaks(self) -> Array:
-        """(C,) the largest magnitude of each channel at any timestep."""
-        return np.asarray(self.peak.max(axis=0), np.float64)
-
-    def block_peaks(self, block: int) -> Array:
-        """(ceil(C / block),) the largest magnitude of ``block`` consecutive channels."""
-        return np.maximum.reduceat(self.channel_peaks(), np.arange(0, self.peak.shape[1], block))
-
-    def range_of(self, method: Range, *, levels: int = 127, divisors: Array | None = None) -> float:
-        """The largest magnitude that one scale of the whole tensor should represent.
-
-        Args:
-            method: see :class:`lehr.calibration.configs.Range`.
-            levels: positive numbers of the format.
-            divisors: (C,) what channels are divided by first, rounded to whole bins for the histogram.
-        """
-        if divisors is None:
-            return range_of(self.weights @ self.histogram, float(self.peak.max()), method, levels)
-        peak = float((self.channel_peaks() / divisors).max())
-        return range_of(self.divided(divisors), peak, method, levels)
-
-    def divided(self, divisors: Array) -> Array:
-        """(BINS,) the weighed histogram of the tensor with its channels divided by ``divisors``, to a bin's width."""
-        moved = np.round(8 * np.log2(divisors)).astype(np.int64)
-        place = np.clip(np.arange(BINS)[None] - moved[:, None], 0, BINS - 1)
-        return np.bincount(place.reshape(-1), weights=self.by_channel.reshape(-1), minlength=BINS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """What was observed.
-
-    Attributes:
-        tensors: by name, in the step graph.
-        grams: layer -> (D, D) float64, weighed mean of the products of its inputs, for rounding that needs them.
-        without_gram: layers for which they were asked and cannot be: grouped convolutions, or too many inputs.
-        timesteps: (K, 2) float64, the first and last timestep of each bucket.
-        evaluations, samples: how much was looked at.
-        digest: SHA-256 of what determines them: the data and the graph.
-    """
-
-    tensors: Mapping[str, TensorStatistics]
-    grams: Mapping[str, Array]
-    timesteps: Array
-    evaluations: int
-    samples: int
-    digest: str
-    without_gram: frozenset[str] = frozenset()
-
-    def of(self, name: str) -> TensorStatistics:
-        """Those of a tensor; raises InvalidInput for one that was not observed."""
-        if name not in self.tensors:
-            raise InvalidInput(
-                f"tensor {name!r} was not observed, so it has no range ({len(self.tensors)} tensors were). "
-                "The statistics are of another graph: calibrate again."
-            )
-        return self.tensors[name]
 
 
 def observe(
@@ -157,53 +75,36 @@ def observe(
     path = bundle.path(entry.file)
     spec = bundle.manifest.model
     graph = ir.load(path) if model is None else model
-    found = {layer.name: layer for layer in layers(graph, sample=spec.sample.name)}
-    unknown = sorted(set(grams) - set(found))
-    if unknown:
-        raise InvalidInput(f"the step graph has no layer {unknown[0]!r} to gather products of inputs for.")
+    place = buckets(trajectories.timesteps)
+    gatherer = Gatherer(graph, layers(graph, sample=spec.sample.name), grams, _bucket_weights(trajectories, place))
     text = ir.to_proto(graph).SerializeToString(deterministic=True)
-    wanted = _wanted(found.values())
     first = next(trajectories.evaluations())
     sizes = {**spec.default_sizes(batch=len(first.sample)), "batch": len(first.sample)}
-    observer = _Observer(text, path.parent, wanted, sizes, memory, threads)
+    observer = Observer(text, path.parent, gatherer.wanted, sizes, memory, threads)
     denoiser = portable_denoiser(bundle, lambda: observer, threads=threads)
-    place = buckets(trajectories.timesteps)
-    weights = _bucket_weights(trajectories, place)
-    gathered = {name: _Gathering(axis=axis, buckets=len(weights)) for name, axis in wanted.items()}
-    products: dict[str, _Gram] = {name: _Gram(layer=found[name], node=_node(graph, name)) for name in sorted(grams)}
     total, done = len(trajectories.timesteps) * len(trajectories.parts), 0
     for evaluation in trajectories.evaluations():
         bucket = place[float(trajectories.timesteps[evaluation.index])]  # the network was told it in fewer digits
         if done == 0 or evaluation.index == 0:
             denoiser.prepare(trajectories.timesteps, evaluation.sample.shape[1:], [evaluation.conditions])
 
-        def take(name: str, value: Array, bucket: int = bucket, timestep: float = evaluation.timestep) -> None:
-            if not np.all(np.isfinite(value)):
-                raise RunFailed(
-                    f"tensor {name!r} is not finite at timestep {timestep:g}; the weights or the calibration data are "
-                    "wrong. Check the model with lehr verify."
-                )
-            gathered[name].add(value, bucket, float(weights[bucket]))
-            for product in products.values():
-                if product.layer.inputs[0] == name:
-                    product.add(value, float(weights[bucket]))
-
-        observer.take = take
+        observer.take = gatherer.taking(bucket, f"at timestep {evaluation.timestep:g}")
         denoiser.with_variance(evaluation.sample, evaluation.timestep, evaluation.conditions)
         done += 1
         if on_step is not None:
             on_step(min(done, total), total)
-    digest = hashlib.sha256(trajectories.digest.encode() + hashlib.sha256(text).digest()).hexdigest()
-    members = [[t for t in place if place[t] == k] for k in range(len(weights))]
-    return Statistics(
-        tensors={name: made.result(weights) for name, made in gathered.items()},
-        grams={name: product.result() for name, product in products.items() if product.total > 0},
+    members = [[t for t in place if place[t] == k] for k in range(len(gatherer.weights))]
+    return gatherer.result(
         timesteps=np.array([(ts[0], ts[-1]) for ts in members], np.float64),
         evaluations=done,
         samples=trajectories.samples,
-        digest=digest,
-        without_gram=frozenset(name for name, product in products.items() if product.total == 0),
+        digest=digest_of(trajectories.digest, text),
     )
+
+
+def digest_of(data: str, graph: bytes) -> str:
+    """SHA-256 of what determines statistics: of the data, by its own digest, and of the graph."""
+    return hashlib.sha256(data.encode() + hashlib.sha256(graph).digest()).hexdigest()
 
 
 def _bucket_weights(trajectories: Trajectories, place: Mapping[float, int]) -> Array:
@@ -232,6 +133,61 @@ def _node(graph: ir.Model, name: str) -> ir.Node:
     return next(node for node in graph.graph if node.name == name)
 
 
+# ------------------------------------------------------------------------------------------------ all tensors
+
+
+class Gatherer:
+    """What the layers of a graph read, gathered while the graph runs.
+
+    Args:
+        graph: it is not changed.
+        found: its layers.
+        grams: names of layers whose products of inputs are wanted.
+        weights: (K,) what one number of each bucket counts.
+
+    Raises:
+        InvalidInput: a layer that the graph has not.
+    """
+
+    def __init__(self, graph: ir.Model, found: Iterable[Layer], grams: Collection[str], weights: Array) -> None:
+        by_name = {layer.name: layer for layer in found}
+        if unknown := sorted(set(grams) - set(by_name)):
+            raise InvalidInput(f"the graph has no layer {unknown[0]!r} to gather products of inputs for.")
+        self.weights = weights
+        self.wanted = _wanted(by_name.values())
+        self._tensors = {name: _Gathering(axis=axis, buckets=len(weights)) for name, axis in self.wanted.items()}
+        self._products = {name: _Gram(layer=by_name[name], node=_node(graph, name)) for name in sorted(grams)}
+
+    def taking(self, bucket: int, where: str) -> Callable[[str, Array], None]:
+        """What takes the tensors of one evaluation; it raises RunFailed for one that is not finite ``where``."""
+        weight = float(self.weights[bucket])
+
+        def take(name: str, value: Array) -> None:
+            if not np.all(np.isfinite(value)):
+                raise RunFailed(
+                    f"tensor {name!r} is not finite {where}; the weights or the calibration data are wrong. Check the "
+                    "model with lehr verify."
+                )
+            self._tensors[name].add(value, bucket, weight)
+            for product in self._products.values():
+                if product.layer.inputs[0] == name:
+                    product.add(value, weight)
+
+        return take
+
+    def result(self, *, timesteps: Array, evaluations: int, samples: int, digest: str) -> Statistics:
+        """What was gathered; see :class:`Statistics`."""
+        return Statistics(
+            tensors={name: made.result(self.weights) for name, made in self._tensors.items()},
+            grams={name: product.result() for name, product in self._products.items() if product.total > 0},
+            timesteps=timesteps,
+            evaluations=evaluations,
+            samples=samples,
+            digest=digest,
+            without_gram=frozenset(name for name, product in self._products.items() if product.total == 0),
+        )
+
+
 # ------------------------------------------------------------------------------------------------- one tensor
 
 
@@ -255,6 +211,8 @@ class _Gathering:
                 "peak": np.zeros((self.buckets, channels), np.float32),
                 "histogram": np.zeros((self.buckets, BINS)),
                 "by_channel": np.zeros((channels, BINS)),
+                "lows": np.full(channels, np.inf, np.float32),
+                "highs": np.full(channels, -np.inf, np.float32),
                 **{name: np.zeros(channels) for name in ("mean", "magnitude", "square")},
             }
         kept = self.arrays
@@ -263,6 +221,8 @@ class _Gathering:
         kept["by_channel"] += weight * counts
         low, high = rows.min(axis=0), rows.max(axis=0)
         np.maximum(kept["peak"][bucket], np.maximum(-low, high), out=kept["peak"][bucket])
+        np.minimum(kept["lows"], low, out=kept["lows"])
+        np.maximum(kept["highs"], high, out=kept["highs"])
         self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
         kept["mean"] += weight * rows.sum(axis=0, dtype=np.float64)
         kept["square"] += weight * np.einsum("nc,nc->c", rows, rows, dtype=np.float64)
@@ -273,7 +233,7 @@ class _Gathering:
         if not self.arrays:
             raise RunFailed("no calibration data reached the step graph; collect it again.")
         moments = {name: self.arrays[name] / self.count for name in ("mean", "magnitude", "square")}
-        plain = {name: self.arrays[name] for name in ("peak", "histogram", "by_channel")}
+        plain = {name: self.arrays[name] for name in ("lows", "highs", "peak", "histogram", "by_channel")}
         return TensorStatistics(
             axis=self.axis, low=self.low, high=self.high, weights=np.array(weights), **plain, **moments
         )
@@ -303,8 +263,8 @@ class _Gram:
 # ----------------------------------------------------------------------------------------------------- the session
 
 
-class _Observer:
-    """The step graph as a session that hands out the tensors that are gathered, one share of them after the other."""
+class Observer:
+    """A graph as a session that hands out the tensors that are gathered, one share of them after the other."""
 
     def __init__(
         self, text: bytes, weights: Path, wanted: Mapping[str, int], sizes: Mapping[str, int], memory: int, threads: int

@@ -24,11 +24,12 @@ from lehr.calibration.configs import (
     Int8,
     Keep,
     WeightOnly,
+    ZeroPoint,
     config_to_json,
 )
 from lehr.calibration.layers import Kind, Layer, layers
-from lehr.calibration.numbers import E4M3_LARGEST, INT_LEVELS, scales_of
-from lehr.calibration.observers import Statistics
+from lehr.calibration.numbers import E4M3_LARGEST, INT_LEVELS, affine, scales_of
+from lehr.calibration.observed import Statistics
 from lehr.calibration.rewrite import Rewrite
 from lehr.calibration.smoothing import awq, smooth
 from lehr.engines.graph.lowering import set_opset
@@ -123,15 +124,15 @@ def _int8(rewrite: Rewrite, members: Sequence[Layer], config: Int8) -> None:
     statistics = rewrite.statistics.of(members[0].inputs[0])
     factors = None
     if config.alphas:
-        factors = smooth(rewrite.by_channel(members), statistics, config.alphas, config.activation)
-    limit = statistics.range_of(config.activation, levels=INT_LEVELS[8], divisors=factors)
+        factors = smooth(rewrite.by_channel(members), statistics, config.alphas, config.activation, config.zero)
+    low, high = statistics.interval_of(config.activation, config.zero, divisors=factors)
     source = rewrite.divided(members, factors)
-    scale = scales_of(np.array(limit), INT_LEVELS[8])
-    quantised = rewrite.around(source, scale, Format.INT8, rewrite.node(members[0]))
+    scale, zero = affine(low, high) if config.zero is ZeroPoint.OWN else (scales_of(np.array(high), INT_LEVELS[8]), 0)
+    quantised = rewrite.around(source, scale, Format.INT8, rewrite.node(members[0]), zero=zero)
     for layer in members:
         rewrite.weight(layer, config, Format.INT8, statistics, factors)
         rewrite.feed(layer, quantised)
-        rewrite.chosen(layer, config, activation=float(scale), factors=factors)
+        rewrite.chosen(layer, config, activation=float(scale), factors=factors, zero=zero)
 
 
 def _weight_only(rewrite: Rewrite, members: Sequence[Layer], config: WeightOnly) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lehr.calibration.configs import Config, WeightOnly, config_to_json, rounds_together, to_nearest
 from lehr.calibration.layers import Kind, Layer
-from lehr.calibration.observers import Statistics, TensorStatistics
+from lehr.calibration.observed import Statistics, TensorStatistics
 from lehr.calibration.weights import TYPES, Rounded, as_matrix, round_weight, weight_source
 from lehr.runtime.recipe import Format
 
@@ -43,25 +43,28 @@ class Rewrite:
     def node(self, layer: Layer) -> ir.Node:
         return self._nodes[layer.name]
 
-    def chosen(self, layer: Layer, config: Config, *, activation: float | None, factors: Array | None) -> None:
+    def chosen(
+        self, layer: Layer, config: Config, *, activation: float | None, factors: Array | None, zero: int = 0
+    ) -> None:
         """Keep what was chosen for a layer, for the record."""
         self.choices[layer.name] = {
             "config": config_to_json(config),
             "activation_scale": activation,
+            "activation_zero": zero,
             "scaled_channels": factors is not None,
             "rounding": "gptq" if layer.name in self.statistics.grams and rounds_together(config) else "nearest",
         }
 
     # ------------------------------------------------------------------------------------------------ activations
 
-    def around(self, value: ir.Value, scale: Array, form: Format, before: ir.Node) -> ir.Value:
-        """``value`` rounded to ``form`` and back."""
+    def around(self, value: ir.Value, scale: Array, form: Format, before: ir.Node, *, zero: int = 0) -> ir.Value:
+        """``value`` rounded to ``form`` and back; ``zero`` is the number that 0 becomes."""
         dtype = TYPES[form]
         name = f"{value.name}.{form.value}"
         step = self.constant(f"{name}.scale", np.float32(scale), _FLOAT)
-        zero = self.constant(f"{name}.zero", np.zeros((), dtype.numpy()), dtype)
-        small = self.op("QuantizeLinear", [value, step, zero], name, dtype, value.shape, before)
-        return self.op("DequantizeLinear", [small, step, zero], f"{name}.wide", _FLOAT, value.shape, before)
+        origin = self.constant(f"{name}.zero", np.array(zero, dtype.numpy()), dtype)
+        small = self.op("QuantizeLinear", [value, step, origin], name, dtype, value.shape, before)
+        return self.op("DequantizeLinear", [small, step, origin], f"{name}.wide", _FLOAT, value.shape, before)
 
     def divided(self, members: Sequence[Layer], factors: Array | None) -> ir.Value:
         """What the layers read, its channels divided by ``factors``."""

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lehr.calibration.configs import Range
+from lehr.calibration.configs import Range, ZeroPoint
 from lehr.calibration.histogram import squared_error
-from lehr.calibration.observers import TensorStatistics
+from lehr.calibration.numbers import INT_LEVELS
+from lehr.calibration.observed import TensorStatistics
 
 Array = npt.NDArray[Any]
 
@@ -24,7 +25,11 @@ _LEAST, _MOST = 1e-3, 1e3  # of a factor; further ones trade one overflow for an
 
 
 def smooth(
-    weights: Sequence[Array], statistics: TensorStatistics, alphas: Sequence[float], method: Range
+    weights: Sequence[Array],
+    statistics: TensorStatistics,
+    alphas: Sequence[float],
+    method: Range,
+    zero: ZeroPoint = ZeroPoint.CENTRE,
 ) -> Array | None:
     """SmoothQuant's factors (C,) for products that read one tensor; None where none is better than none.
 
@@ -33,25 +38,30 @@ def smooth(
         statistics: of the tensor.
         alphas: exponents to choose from.
         method: how the range of the activation will be chosen.
+        zero: where its integers will have their zero.
     """
     peaks = statistics.channel_peaks()
     tops = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0).astype(np.float64)
     alive = (peaks > 0) & (tops > 0)
-    best, least = None, int8_error(weights, statistics, None, method)
+    best, least = None, int8_error(weights, statistics, None, method, zero)
     for alpha in alphas:
         factors = np.ones(len(peaks))
         factors[alive] = peaks[alive] ** alpha / tops[alive] ** (1 - alpha)
         factors = _centred(factors, alive)
-        error = int8_error(weights, statistics, factors, method)
+        error = int8_error(weights, statistics, factors, method, zero)
         if error < least:
             best, least = factors.astype(np.float32), error
     return best
 
 
 def int8_error(
-    weights: Sequence[Array], statistics: TensorStatistics, factors: Array | None, method: Range, levels: int = 127
+    weights: Sequence[Array],
+    statistics: TensorStatistics,
+    factors: Array | None,
+    method: Range,
+    zero: ZeroPoint = ZeroPoint.CENTRE,
 ) -> float:
-    """Predicted mean squared error of the products, activations and weights rounded to ``levels`` steps.
+    """Predicted mean squared error of the products, activations and weights rounded to 8 bits.
 
     Errors of different inputs are taken as independent: those of an activation are multiplied by the weight's square,
     those of a weight by the activation's mean square.
@@ -59,14 +69,17 @@ def int8_error(
     given = np.ones(len(statistics.mean)) if factors is None else np.asarray(factors, np.float64)
     histogram = statistics.divided(given) if factors is not None else statistics.by_channel.sum(axis=0)
     peak = float((statistics.channel_peaks() / given).max())
-    limit = statistics.range_of(method, levels=levels, divisors=None if factors is None else given)
+    low, high = statistics.interval_of(method, zero, divisors=None if factors is None else given)
+    limit = max(-low, high, 1e-30)
+    # As many positive numbers as would give this step if the zero were in the centre.
+    steps = INT_LEVELS[8] if zero is ZeroPoint.CENTRE else 255 * limit / max(high - low, 1e-30)
     total = float(histogram.sum())
-    own = float(squared_error(histogram, peak, np.array([max(limit, 1e-30)]), levels)[0]) / total
+    own = float(squared_error(histogram, peak, np.array([limit]), steps)[0]) / total
     square = statistics.square / given**2
     error = 0.0
     for weight in weights:
         scaled = weight * given[:, None]
-        step = np.abs(scaled).max(axis=0) / levels  # of each column, at most the output's own
+        step = np.abs(scaled).max(axis=0) / INT_LEVELS[8]  # of each column, at most the output's own
         error += own * float((scaled**2).sum()) + float(square.sum()) * float((step**2).sum()) / 12
     return error
 

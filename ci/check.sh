@@ -39,6 +39,7 @@ step() {
 step format "$bin/python" -m ruff format --check
 step lint "$bin/python" -m ruff check
 step types "$bin/python" -m mypy
+step types-benchmarks "$bin/python" -m mypy benchmarks
 # The same on Python 3.10, for what runs on a device: no tomllib, StrEnum or Self there.
 step types-3.10 "$bin/python" -m mypy --python-version 3.10 -p lehr.runtime -p lehr.engines -p lehr.ci -p lehr.commands -m lehr.cli
 step layers "$bin/lint-imports" --no-logo

@@ -42,7 +42,10 @@ def judge_stages(
             continue
         found.append(stage)
         if entry.golden not in bundle.manifest.files:
-            reason = "it was exported without golden data, so nothing can be compared: export it with --golden steps"
+            reason = (
+                "it was exported without golden data, which above 2 billion parameters is the default, so nothing can "
+                "be compared. Export it again: lehr export SOURCE -o NAME.lehr --golden steps"
+            )
             checks.append(judged(f"L1.{name}", False, reason))
             continue
         checks += _judged(bundle, stage, name, policy)

@@ -14,14 +14,15 @@ import numpy.typing as npt
 
 from lehr.engines.audit import AUDIT, audited
 from lehr.engines.builders import builder_for, candidates
-from lehr.engines.choose import measure
-from lehr.engines.compiling import Job, remembered
+from lehr.engines.choose import measure, with_spinning
+from lehr.engines.compiling import remembered
+from lehr.engines.job import Job
 from lehr.engines.kit import make, open_kit
 from lehr.engines.making import Work, make_engine
 from lehr.engines.plans import asked_for
 from lehr.engines.quantised import calibrated_files, check_achieved, lower_calibrated
 from lehr.engines.ranges import input_ranges, narrow_ranges, narrow_sizes
-from lehr.engines.settings import DEFAULT, Settings, StoredWeights
+from lehr.engines.settings import DEFAULT, Settings, Spinning, StoredWeights
 from lehr.engines.target import Target
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
@@ -58,8 +59,8 @@ def build(
 ) -> EngineRecord:
     """Build an engine and record it; older engines of this target and recipe are replaced.
 
-    Where "auto" leaves several libraries, all of them build and the fastest that meets parity stays
-    (:mod:`lehr.engines.choose`); one that cannot build is passed over as long as another can.
+    Where "auto" leaves several libraries, or one whose threads may spin or sleep, all are tried and the fastest that
+    meets parity stays (:mod:`lehr.engines.choose`); a library that cannot build is passed over as long as another can.
 
     Args:
         root: the bundle.
@@ -89,6 +90,7 @@ def build(
         compile=compiled,
         measure=lambda built: measure(bundle, recipe, built, example_inputs(bundle.manifest.model)),
         sources=lambda name: _sources(bundle, target, name, recipe),
+        variants=lambda built: with_spinning(built) if library == "auto" and settings.spinning is Spinning.AUTO else (),
     )
     return make_engine(bundle, work, target, recipe, versions)
 

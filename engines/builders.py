@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
-import numpy.typing as npt
-
-from lehr.engines.ranges import InputRange
-from lehr.engines.settings import DEFAULT, Settings, StoredWeights
+from lehr.engines.job import Job
+from lehr.engines.settings import DEFAULT, Settings
 from lehr.engines.target import Target
 from lehr.runtime.backends import backends, plugged_in
 from lehr.runtime.engine import Plan
@@ -37,6 +35,8 @@ _BUILDERS = {
     "tensorrt_rtx": ("lehr.engines.tensorrt_family", "TENSORRT_RTX"),
 }
 _PLUGGED = {"aotinductor": "export"}  # library -> the extra that it comes with
+
+Progress = Callable[[str], None]
 
 
 class Library(Protocol):
@@ -63,27 +63,8 @@ class Library(Protocol):
 class Builder(Library, Protocol):
     """Builds for the machine it runs on."""
 
-    def build(
-        self,
-        graph: Path,
-        feeds: Mapping[str, npt.NDArray[Any]],
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        threads: int,
-        settings: Settings = DEFAULT,
-    ) -> Plan:
-        """Compile ``graph`` for this machine into ``folder``.
-
-        Args:
-            graph: the portable graph, its external weights beside it.
-            feeds: an example of every input, for looking at what the engine executes; sizes may differ later.
-            folder: holds the engine's plans; files are named after ``name``.
-            name: of the graph, such as "step".
-            recipe: one whose arithmetic is in ``FORMATS``.
-            threads: worker threads of the engine; 0 is one a core.
-            settings: none beyond ``HEEDS``.
+    def build(self, job: Job, folder: Path) -> Plan:
+        """Compile a graph for this machine into ``folder``, which holds the engine's plans.
 
         Raises:
             MissingExtra: the library is not installed.
@@ -95,35 +76,13 @@ class Builder(Library, Protocol):
 class TargetBuilder(Library, Protocol):
     """Builds for a target, whose engines need not run on this machine."""
 
-    def build_for(
-        self,
-        graph: Path,
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        target: Target,
-        ranges: Mapping[str, InputRange],
-        threads: int,
-        progress: Callable[[str], None],
-        narrow: Sequence[Mapping[str, InputRange]] = (),
-        settings: Settings = DEFAULT,
-        stored: StoredWeights | None = None,
-    ) -> Plan:
-        """Compile ``graph`` for ``target`` into ``folder``.
+    def build_for(self, job: Job, folder: Path, progress: Progress) -> Plan:
+        """Compile a graph for its target into ``folder``, which holds the engine's plans.
 
         Args:
-            graph: in the recipe's format, its external weights beside it.
-            folder: holds the engine's plans; files are named after ``name``.
-            name: of the graph, such as "step".
-            recipe: one whose arithmetic is in ``FORMATS``.
-            target: decides the compute capabilities and the operator set.
-            ranges: sizes of every input that the engine must take.
-            threads: of the build; 0 is the library's choice.
+            job: what is built.
+            folder: gets files named after the job.
             progress: takes a line of text now and then.
-            narrow: ranges of a single size each that the engine is tuned for, too.
-            settings: none beyond ``HEEDS``.
-            stored: the graph's weights in the bundle, which a stripped engine is refitted from.
 
         Raises:
             MissingExtra: the library is not installed.

@@ -2,13 +2,16 @@
 
 Each is held against the golden data first (level L1), then timed on the same inputs, one evaluation of each in turn,
 so that a disturbance meets all of them. Hoisted results are cached by then: what is timed is the step.
+
+An engine of ONNX Runtime is tried with waiting threads that sleep and with threads that spin: what waking them costs
+depends on how long operators take, and on the machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,15 +22,21 @@ import numpy.typing as npt
 from lehr.runtime.backends import Session, backend
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
-from lehr.runtime.engine import Plan
+from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BundleError, RunFailed
 from lehr.runtime.golden import INDEX_FILE, read
 from lehr.runtime.hoisted import Residency, hoisted_denoiser
+from lehr.runtime.host import cores
+from lehr.runtime.precision_schedule import graph_of
 from lehr.runtime.recipe import Recipe
 from lehr.runtime.verify import rel_error_limit, step_errors
+from lehr.runtime.whole_loop import LOOP
 
 WARM_UP, ROUNDS, SECONDS = 3, 30, 4.0  # evaluations of each, of which as many as fit into the time; at least three
-MARGIN = 1.05  # how much faster a library must be than one the target names earlier; less is noise
+MARGIN = 1.05  # how much faster an engine must be than those before it; less is noise
+# Bytes of an engine that is tried with spinning threads, too. A larger one has larger operators, which hide what waking
+# costs, and would be in memory once more to be tried.
+SPIN_BELOW = 200_000_000
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -40,22 +49,56 @@ class Candidate:
     folder: Path
     plans: Mapping[str, Plan]
 
+    @property
+    def spinning(self) -> bool:
+        """Whether its threads spin while a step runs."""
+        return any(plan.options.get("spinning", False) for plan in self.plans.values())
+
+    @property
+    def name(self) -> str:
+        """Among other candidates."""
+        return named(self.library, self.spinning)
+
+
+def named(library: str, spinning: bool) -> str:
+    """What a candidate is called, for people."""
+    return f"{library}, spinning" if spinning else library
+
+
+def with_spinning(candidate: Candidate) -> list[Candidate]:
+    """The same engine with threads that spin; none if it has no such setting, or could not gain."""
+    running = {name: plan for name, plan in candidate.plans.items() if graph_of(name) in (STEP, LOOP)}
+    asleep = all(plan.options.get("spinning") is False and "provider" not in plan.options for plan in running.values())
+    threads = max((int(plan.options.get("intra_op_threads", 1)) or cores() for plan in running.values()), default=1)
+    size = sum(file.stat().st_size for file in candidate.folder.iterdir())
+    if not asleep or threads < 2 or size >= SPIN_BELOW:
+        return []
+    awake = {name: replace(plan, options={**plan.options, "spinning": True}) for name, plan in running.items()}
+    return [replace(candidate, plans={**candidate.plans, **awake})]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A row of what was tried.
 
     Attributes:
+        spinning: whether the library's threads spin while a step runs.
         max_rel_error, limit: of the score, by the golden data; None where the bundle has none.
         step_ms: median of one evaluation; None if it could not run.
         reason: why it could not be built or run; else empty.
     """
 
     library: str
+    spinning: bool = False
     max_rel_error: float | None = None
     limit: float | None = None
     step_ms: float | None = None
     reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Among other rows."""
+        return named(self.library, self.spinning)
 
     @property
     def passed(self) -> bool:
@@ -66,6 +109,7 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         return {
             "library": self.library,
+            "spinning": self.spinning,
             "step_ms": self.step_ms,
             "max_rel_error": self.max_rel_error,
             "limit": self.limit,
@@ -102,11 +146,11 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
         try:
             denoiser = _open(bundle, candidate, recipe)
             _evaluate(denoiser, feeds)
-            errors[candidate.library] = None if golden is None else max(step_errors(denoiser, golden))
+            errors[candidate.name] = None if golden is None else max(step_errors(denoiser, golden))
         except (RunFailed, BundleError) as e:
-            refused[candidate.library] = str(e)
+            refused[candidate.name] = str(e)
         else:
-            running[candidate.library] = denoiser
+            running[candidate.name] = denoiser
 
     for candidate in candidates:
         judge(candidate)
@@ -114,24 +158,25 @@ def measure(bundle: Bundle, recipe: Recipe, candidates: Sequence[Candidate], fee
     return [
         Measured(
             library=c.library,
-            max_rel_error=errors.get(c.library),
+            spinning=c.spinning,
+            max_rel_error=errors.get(c.name),
             limit=limit,
-            step_ms=times.get(c.library),
-            reason=refused.get(c.library, ""),
+            step_ms=times.get(c.name),
+            reason=refused.get(c.name, ""),
         )
         for c in candidates
     ]
 
 
-def fastest(measured: Sequence[Measured]) -> str | None:
-    """The library to keep, of rows in the target's order: the fastest that passed; None if none did.
+def fastest(measured: Sequence[Measured]) -> Measured | None:
+    """The row to keep, of rows in the target's order: the fastest that passed; None if none did.
 
-    A library must beat those before it by :data:`MARGIN`.
+    A row must beat those before it by :data:`MARGIN`.
     """
-    best: tuple[float, str] | None = None
+    best: tuple[float, Measured] | None = None
     for row in measured:
         if row.passed and row.step_ms is not None and (best is None or row.step_ms * MARGIN < best[0]):
-            best = (row.step_ms, row.library)
+            best = (row.step_ms, row)
     return None if best is None else best[1]
 
 

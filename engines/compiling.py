@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from lehr.engines.builders import Builder, TargetBuilder
 from lehr.engines.cache import contents, engine_cache, key
-from lehr.engines.ranges import InputRange
-from lehr.engines.settings import Settings, StoredWeights
+from lehr.engines.job import Job
 from lehr.engines.target import Target
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.engine import Plan
 from lehr.runtime.host import gpu_compute_capability, host
-from lehr.runtime.recipe import Recipe
 
-Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One graph for one library: all that its engine is made from."""
-
-    name: str
-    graph: Path
-    recipe: Recipe
-    target: Target
-    library: str
-    ranges: Mapping[str, InputRange]
-    narrow: tuple[Mapping[str, InputRange], ...]
-    feeds: Mapping[str, Array]
-    threads: int
-    settings: Settings
-    stored: StoredWeights | None
 
 
 def remembered(bundle: Bundle, made: Builder | TargetBuilder, job: Job, folder: Path, progress: Progress) -> Plan:
@@ -74,28 +52,8 @@ def remembered(bundle: Bundle, made: Builder | TargetBuilder, job: Job, folder: 
 
 def _compiled(made: Builder | TargetBuilder, job: Job, folder: Path, progress: Progress) -> Plan:
     if isinstance(made, TargetBuilder):
-        return made.build_for(
-            job.graph,
-            folder,
-            name=job.name,
-            recipe=job.recipe,
-            target=job.target,
-            ranges=job.ranges,
-            threads=job.threads,
-            progress=progress,
-            narrow=job.narrow,
-            settings=job.settings,
-            stored=job.stored,
-        )
-    return made.build(
-        job.graph,
-        job.feeds,
-        folder,
-        name=job.name,
-        recipe=job.recipe,
-        threads=job.threads,
-        settings=job.settings,
-    )
+        return made.build_for(job, folder, progress)
+    return made.build(job, folder)
 
 
 def _machine(target: Target) -> list[Any]:

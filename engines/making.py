@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from lehr.runtime.host import host, peak_rss_mb
 from lehr.runtime.recipe import Recipe
 
 
+def _alone(_: Candidate) -> Sequence[Candidate]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What an engine is made of: the denoiser or one stage.
@@ -26,12 +30,14 @@ class Work:
         compile: every graph, with one library into one folder; raises BuildFailed.
         measure: engines of several libraries against each other.
         sources: SHA-256 of what a library's engine is made from, by file.
+        variants: other ways to run what a library has compiled, which are measured as well.
     """
 
     stage: str | None
     compile: Callable[[str, Path], Mapping[str, Plan]]
     measure: Callable[[list[Candidate]], list[Measured]]
     sources: Callable[[str], Mapping[str, str]]
+    variants: Callable[[Candidate], Sequence[Candidate]] = field(default=_alone)
 
 
 def make_engine(
@@ -115,17 +121,18 @@ def _compiled(work: Work, folders: Mapping[str, Path]) -> tuple[list[Candidate],
 def _chosen(
     work: Work, recipe: Recipe, built: list[Candidate], failed: Mapping[str, BuildFailed]
 ) -> tuple[Candidate, list[Measured]]:
-    """The engine to keep, and the table of what was tried; the table is empty if there was one library."""
+    """The engine to keep, and the table of what was tried; the table is empty if there was one candidate."""
     if not built:
         raise next(iter(failed.values()))
-    if len(built) == 1 and not failed:
+    entered = [one for candidate in built for one in (candidate, *work.variants(candidate))]
+    if len(entered) == 1 and not failed:
         return built[0], []
-    rows = work.measure(built)
+    rows = work.measure(entered)
     rows += [Measured(library=name, reason=str(error)) for name, error in failed.items()]
     best = fastest(rows)
     if best is None:
         tried = "; ".join(
-            f"{r.library}: {r.reason or f'score error {r.max_rel_error:.2e}, limit {r.limit:.2e}'}" for r in rows
+            f"{r.name}: {r.reason or f'score error {r.max_rel_error:.2e}, limit {r.limit:.2e}'}" for r in rows
         )
         raise BuildFailed(f"no library's {recipe.name} engine meets parity ({tried}). Choose one with --library.")
-    return next(c for c in built if c.library == best), rows
+    return next(c for c, row in zip(entered, rows, strict=False) if row is best), rows

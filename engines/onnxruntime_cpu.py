@@ -18,22 +18,23 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lehr.engines.settings import DEFAULT, Settings
+from lehr.engines.job import Job
+from lehr.engines.settings import Spinning
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed
 from lehr.runtime.precision_schedule import graph_of
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 from lehr.runtime.whole_loop import LOOP
 
 Array = npt.NDArray[Any]
 Placement = Mapping[str, Mapping[str, int]]  # provider -> operator that takes floating-point inputs -> how often
 
 # fp16 by casts to float32 around most operators; fp8 and nvfp4 by rounding float32 numbers, to measure what they cost.
-FORMATS = frozenset({Format.FP32, Format.FP16, Format.INT8, Format.INT4, Format.FP8, Format.NVFP4})
+FORMATS = frozenset({Format.FP32, Format.FP16, Format.INT8, Format.UINT8, Format.INT4, Format.FP8, Format.NVFP4})
 LOWERED = frozenset({Format.FP16})
 REFUSES = {Format.BF16: "ONNX Runtime's CPU provider has no bf16 MatMul or Conv"}
-HEEDS: frozenset[str] = frozenset()
+HEEDS = frozenset({"spinning"})
 CACHED = False  # optimising a graph takes no longer than copying its weights
 IN_PIECES = frozenset({"GroupNormalization"})
 INTEGERS = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"})
@@ -45,35 +46,32 @@ def version() -> str:
     return backend("onnxruntime").version()
 
 
-def build(
-    graph: Path,
-    feeds: Mapping[str, Array],
-    folder: Path,
-    *,
-    name: str,
-    recipe: Recipe,
-    threads: int,
-    settings: Settings = DEFAULT,
-) -> Plan:
-    """Optimise ``graph`` for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
-    settings.hold("ONNX Runtime", HEEDS)
-    if recipe.arithmetic not in FORMATS:
-        raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r}: it has no {recipe.arithmetic.value}.")
+def build(job: Job, folder: Path) -> Plan:
+    """Optimise a graph for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
+    job.settings.hold("ONNX Runtime", HEEDS)
+    if job.recipe.arithmetic not in FORMATS:
+        raise BuildFailed(
+            f"ONNX Runtime cannot build recipe {job.recipe.name!r}: it has no {job.recipe.arithmetic.value}."
+        )
+    again = graph_of(job.name) in (STEP, LOOP)
     # A graph that runs once reads each weight once: rearranging them all first would only take time and memory.
-    options = {"intra_op_threads": threads, "spinning": False, "prepacking": graph_of(name) in (STEP, LOOP)}
-    if recipe.arithmetic is Format.FP8:
+    options = {
+        "intra_op_threads": job.threads,
+        "spinning": again and job.settings.spinning is Spinning.ON,
+        "prepacking": again,
+    }
+    if job.recipe.arithmetic is Format.FP8:
         options["emulated"] = True
-    return optimise(graph, feeds, folder, name=name, options=options)[0]
+    return optimise(job, folder, options)[0]
 
 
-def optimise(
-    graph: Path, feeds: Mapping[str, Array], folder: Path, *, name: str, options: dict[str, Any]
-) -> tuple[Plan, Placement]:
-    """Optimise ``graph`` with these options into ``folder``, and say which provider ran what; raises BuildFailed."""
+def optimise(job: Job, folder: Path, options: dict[str, Any]) -> tuple[Plan, Placement]:
+    """Optimise a graph with these options into ``folder``, and say which provider ran what; raises BuildFailed."""
     from lehr.runtime.backends.onnxruntime import FAILURES, open_session, session_options  # first: raises MissingExtra
 
     import onnxruntime as ort  # isort: skip
 
+    graph, name = job.graph, job.name
     given, apart = in_pieces(graph)
     plan = folder / f"{name}.onnx"
     made = session_options(options)
@@ -92,7 +90,7 @@ def optimise(
         if options.get("emulated"):
             disabled = [*disabled, "ReluQuantRewrite"]  # takes the zero of fp8 for the least number, and drops Relus
         open_session(given, made, options, disabled)
-        operators, precision, placement = executed(plan, feeds, options)
+        operators, precision, placement = executed(plan, job.feeds, options)
     except FAILURES as e:
         raise BuildFailed(f"ONNX Runtime cannot build {graph.name}: {e}") from e
     options = {**options, "in_pieces": apart}

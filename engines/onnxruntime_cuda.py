@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
-
+from lehr.engines.job import Job
 from lehr.engines.onnxruntime_cpu import optimise
-from lehr.engines.settings import DEFAULT, Settings
 from lehr.runtime import host
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import STEP, Plan
 from lehr.runtime.errors import BuildFailed, IncompatibleEngine, MissingExtra
 from lehr.runtime.precision_schedule import graph_of
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 from lehr.runtime.whole_loop import LOOP
 
 FORMATS = frozenset({Format.FP32, Format.FP16})
@@ -43,39 +40,30 @@ def version() -> str:
     return found
 
 
-def build(
-    graph: Path,
-    feeds: Mapping[str, npt.NDArray[Any]],
-    folder: Path,
-    *,
-    name: str,
-    recipe: Recipe,
-    threads: int,
-    settings: Settings = DEFAULT,
-) -> Plan:
-    """Optimise ``graph`` for this machine's GPU into ``folder``; see :class:`lehr.engines.builders.Builder`.
+def build(job: Job, folder: Path) -> Plan:
+    """Optimise a graph for this machine's GPU into ``folder``; see :class:`lehr.engines.builders.Builder`.
 
     Raises:
         IncompatibleEngine: there is no NVIDIA GPU with a driver here, or CUDA's libraries do not load.
     """
     from lehr.runtime.backends.onnxruntime import CUDA
 
-    settings.hold("ONNX Runtime", HEEDS)
-    if recipe.arithmetic not in FORMATS:
-        raise BuildFailed(f"ONNX Runtime cannot build recipe {recipe.name!r} for CUDA: {REFUSES[Format.BF16]}.")
+    job.settings.hold("ONNX Runtime", HEEDS)
+    if job.recipe.arithmetic not in FORMATS:
+        raise BuildFailed(f"ONNX Runtime cannot build recipe {job.recipe.name!r} for CUDA: {REFUSES[Format.BF16]}.")
     if host.gpu_compute_capability() is None:
         raise IncompatibleEngine(
             "there is no NVIDIA GPU with a driver here; target 'cuda' is built on such a machine. Run lehr build there."
         )
     options = {
-        "intra_op_threads": threads,
+        "intra_op_threads": job.threads,
         "spinning": False,
-        "prepacking": graph_of(name) in (STEP, LOOP),
+        "prepacking": graph_of(job.name) in (STEP, LOOP),
         "provider": CUDA,
         "provider_options": {"use_tf32": "0"},  # what a recipe keeps in fp32 is meant to have its digits
     }
-    plan, placement = optimise(graph, feeds, folder, name=name, options=options)
-    check_placement(placement, CUDA, graph.name)
+    plan, placement = optimise(job, folder, options)
+    check_placement(placement, CUDA, job.graph.name)
     alone = {provider for provider in placement if provider} == {CUDA}
     return Plan(
         file=plan.file,

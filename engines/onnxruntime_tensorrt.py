@@ -13,18 +13,18 @@ Nothing here has been run on a GPU yet: it is held by a stand-in for ONNX Runtim
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lehr.engines.job import Job
 from lehr.engines.onnxruntime_cpu import executed
 from lehr.engines.onnxruntime_cuda import check_placement
 from lehr.engines.ranges import InputRange
-from lehr.engines.settings import DEFAULT, Compatible, Settings, StoredWeights
-from lehr.engines.target import Target
+from lehr.engines.settings import Compatible, Settings
 from lehr.engines.tensorrt_family import OPSET_WITHOUT_ATTENTION
 from lehr.runtime import host
 from lehr.runtime.backends import backend
@@ -63,22 +63,8 @@ class OnnxRuntimeTensorRtBuilder:
         """ONNX Runtime's version; raises MissingExtra where it is not installed, or was made without TensorRT."""
         return backend("onnxruntime-tensorrt").version()
 
-    def build_for(
-        self,
-        graph: Path,
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        target: Target,
-        ranges: Mapping[str, InputRange],
-        threads: int,
-        progress: Progress,
-        narrow: Sequence[Mapping[str, InputRange]] = (),
-        settings: Settings = DEFAULT,
-        stored: StoredWeights | None = None,
-    ) -> Plan:
-        """Compile ``graph`` for this machine's GPU; see :class:`lehr.engines.builders.TargetBuilder`.
+    def build_for(self, job: Job, folder: Path, progress: Progress) -> Plan:
+        """Compile a graph for this machine's GPU; see :class:`lehr.engines.builders.TargetBuilder`.
 
         Raises:
             IncompatibleEngine: there is no GPU of the target here, or the provider does not load.
@@ -88,19 +74,20 @@ class OnnxRuntimeTensorRtBuilder:
         import onnxruntime as ort  # isort: skip
 
         self.version()
-        self._check(recipe, target, settings, narrow)
-        progress(f"{name} for {target.where}: TensorRT through ONNX Runtime, which may take minutes")
+        self._check(job)
+        graph, name, stored = job.graph, job.name, job.stored
+        progress(f"{name} for {job.target.where}: TensorRT through ONNX Runtime, which may take minutes")
         plan = folder / f"{name}.onnx"
         before = {file.name for file in folder.iterdir()}
         inside = stored is None or stored.bytes < EMBED_BELOW
         made = {
-            **self._provider_options(recipe, settings),
-            **_profile(ranges),
+            **self._provider_options(job.recipe, job.settings),
+            **_profile(job.ranges),
             "trt_dump_ep_context_model": "1",
             "trt_ep_context_file_path": str(plan),
             "trt_ep_context_embed_mode": "1" if inside else "0",
         }
-        session = {"intra_op_threads": threads, "spinning": False, "cpu_fallback": False, "provider": TENSORRT}
+        session = {"intra_op_threads": job.threads, "spinning": False, "cpu_fallback": False, "provider": TENSORRT}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".tensorrt-") as scratch:
             readable = _readable(graph, Path(scratch))
             options = session_options(session)
@@ -110,14 +97,14 @@ class OnnxRuntimeTensorRtBuilder:
                 opened = open_session(readable, options, {**session, "provider_options": made})
             except FAILURES as e:
                 raise BuildFailed(f"{TITLE} cannot build {graph.name}: {e}") from e
-            feeds = _feeds(opened, ranges)
+            feeds = _feeds(opened, job.ranges)
             del opened
         if not plan.is_file():
             raise BuildFailed(
                 f"{TITLE} compiled {graph.name} and left no plan: a part of the graph is not TensorRT's. Choose "
                 "another recipe, or --library onnxruntime."
             )
-        kept = {**session, "provider_options": self._provider_options(recipe, settings)}
+        kept = {**session, "provider_options": self._provider_options(job.recipe, job.settings)}
         try:
             operators, _, placement = executed(plan, feeds, kept)
         except FAILURES as e:
@@ -128,17 +115,16 @@ class OnnxRuntimeTensorRtBuilder:
         record = {
             **kept,
             "sm": [str(host.gpu_compute_capability())],
-            "compatible": settings.compatible.value,
-            "ranges": {key: given.to_json() for key, given in ranges.items()},
+            "compatible": job.settings.compatible.value,
+            "ranges": {key: given.to_json() for key, given in job.ranges.items()},
             "files": sorted({file.name for file in folder.iterdir()} - before),
         }
         return Plan(file=plan.name, options=record, achieved_precision={}, operators=operators)
 
-    def _check(
-        self, recipe: Recipe, target: Target, settings: Settings, narrow: Sequence[Mapping[str, InputRange]]
-    ) -> None:
+    def _check(self, job: Job) -> None:
+        recipe, target, settings = job.recipe, job.target, job.settings
         settings.hold(TITLE, self.HEEDS)
-        if settings.compatible not in _COMPATIBLE or narrow:
+        if settings.compatible not in _COMPATIBLE or job.narrow:
             raise InvalidInput(
                 f"{TITLE} has no use for --compatible {settings.compatible.value} or narrow profiles. Leave them out."
             )

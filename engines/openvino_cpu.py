@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from lehr.engines.job import Job
 from lehr.engines.quantised import INTEGER_MARK
-from lehr.engines.settings import DEFAULT, Settings
 from lehr.runtime.backends import backend
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, BundleError, RunFailed
 from lehr.runtime.parity import relative_error
-from lehr.runtime.recipe import Format, Recipe, Scope
+from lehr.runtime.recipe import Format, Scope
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -36,7 +36,7 @@ Array = npt.NDArray[Any]
 
 PRECISIONS = {Format.FP32: "f32", Format.BF16: "bf16"}
 # By the graph; everything around them as the hint says. Weights in nvfp4 are given to it as float32 numbers.
-QUANTISED = frozenset({Format.INT8, Format.INT4, Format.NVFP4})
+QUANTISED = frozenset({Format.INT8, Format.UINT8, Format.INT4, Format.NVFP4})
 FORMATS = frozenset(PRECISIONS) | QUANTISED
 LOWERED: frozenset[Format] = frozenset()
 REFUSES = {Format.FP16: "OpenVINO's CPU plugin computes in bf16 where a processor has no fp16, and says nothing"}
@@ -46,10 +46,13 @@ CACHED = True
 # OpenVINO's names of the types that say something about precision, in the words of build.json.
 TYPES = {"f64": "double", "f32": "float", "f16": "float16", "bf16": "bfloat16", "i8": "int8", "u8": "uint8"}
 INTEGERS = frozenset({"i8", "u8"})
+STORED = frozenset({"i4", "u4"})  # what a product with 4-bit weights is said to compute in: it widens them first
 FLOATING = frozenset({"f64", "f32", "f16", "bf16"})
 ARITHMETIC = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledDotProductAttention"})
 # Neither computes: what goes in and out, sizes, and changes of layout or type that the plugin inserts.
 SILENT = frozenset({"Input", "Output", "Const", "ShapeOf", "Reorder", "Convert"})
+# Hands elements on as they are stored: rows of a 16-bit embedding table are widened after they were picked, not before.
+PICKS = frozenset({"Gather"})
 RELOAD_ERROR = 1e-2  # of outputs; equal ones are expected, wrong weights give errors of order 1
 
 
@@ -58,48 +61,19 @@ def version() -> str:
     return backend("openvino").version()
 
 
-def build(
-    graph: Path,
-    feeds: Mapping[str, Array],
-    folder: Path,
-    *,
-    name: str,
-    recipe: Recipe,
-    threads: int,
-    settings: Settings = DEFAULT,
-) -> Plan:
-    """Compile ``graph`` for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
-    return build_for_device(
-        graph,
-        feeds,
-        folder,
-        name=name,
-        recipe=recipe,
-        threads=threads,
-        settings=settings,
-        device="CPU",
-        precisions=PRECISIONS,
-    )
+def build(job: Job, folder: Path) -> Plan:
+    """Compile a graph for this processor into ``folder``; see :class:`lehr.engines.builders.Builder`."""
+    return build_for_device(job, folder, device="CPU", precisions=PRECISIONS)
 
 
-def build_for_device(
-    graph: Path,
-    feeds: Mapping[str, Array],
-    folder: Path,
-    *,
-    name: str,
-    recipe: Recipe,
-    threads: int,
-    settings: Settings,
-    device: str,
-    precisions: Mapping[Format, str],
-) -> Plan:
+def build_for_device(job: Job, folder: Path, *, device: str, precisions: Mapping[Format, str]) -> Plan:
     """The same for a device of OpenVINO's that stands in this machine, with the formats that it has a word for."""
     from lehr.runtime.backends.openvino import BACKEND, FAILURES, OpenVinoSession, configuration
 
     import openvino as ov  # isort: skip
 
-    settings.hold("OpenVINO", HEEDS)
+    job.settings.hold("OpenVINO", HEEDS)
+    graph, recipe = job.graph, job.recipe
     matrices = recipe.scope is Scope.MATRICES  # the graph says which: OpenVINO's hint is for what it does not say
     asked = recipe.rest if recipe.calibrated or matrices else recipe.arithmetic
     known = {*QUANTISED, *(precisions if matrices else ())}
@@ -108,18 +82,19 @@ def build_for_device(
         raise BuildFailed(f"OpenVINO cannot build recipe {recipe.name!r} on a {device}; it has {have}.")
     options = {
         "precision": precisions[asked],
-        "threads": threads,
+        "threads": job.threads,
         "device": device,
-        "mode": settings.mode.value,
+        "mode": job.settings.mode.value,
     }
-    plan = folder / f"{name}.blob"
+    plan = folder / f"{job.name}.blob"
     core = ov.Core()
     try:
         model = core.read_model(graph)
         meant = matrices and _has_products(model, precisions[recipe.arithmetic])
         compiled = core.compile_model(model, device, configuration(options))
-        outputs = OpenVinoSession(compiled).run(feeds)  # kernels are chosen in the first run
-        also = INTEGERS if recipe.calibrated else {precisions[recipe.arithmetic]} if matrices else frozenset[str]()
+        outputs = OpenVinoSession(compiled).run(job.feeds)  # kernels are chosen in the first run
+        by_graph = frozenset({precisions[recipe.arithmetic]} if matrices else ())
+        also = INTEGERS | STORED if recipe.calibrated else by_graph
         operators, precision = _inspect(compiled, str(options["precision"]), graph.name, also=also)
         if meant and not precision.get(TYPES[precisions[recipe.arithmetic]]):
             raise BuildFailed(
@@ -127,7 +102,7 @@ def build_for_device(
                 "Choose a recipe that this processor has arithmetic for."
             )
         plan.write_bytes(compiled.export_model().getbuffer())
-        reloaded = BACKEND.load(plan, options).run(feeds)
+        reloaded = BACKEND.load(plan, options).run(job.feeds)
     except (*FAILURES, RunFailed, BundleError) as e:
         raise BuildFailed(f"OpenVINO cannot build {graph.name}: {e}") from e
     for key, output in outputs.items():
@@ -161,6 +136,7 @@ def _inspect(
     operators: Counter[str] = Counter()
     types: Counter[str] = Counter()
     arithmetic: Counter[str] = Counter()
+    foreign: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         kind, element = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
@@ -169,15 +145,22 @@ def _inspect(
         operators[kind + INTEGER_MARK if kind in ARITHMETIC and element in INTEGERS else kind] += 1
         if kind in ARITHMETIC:
             arithmetic[element] += 1
-        if element in FLOATING or (kind in ARITHMETIC and element in TYPES):
+        if kind not in PICKS and (element in FLOATING or (kind in ARITHMETIC and element in TYPES)):
             types[element] += 1
+            if element not in {"f32", "f64", asked, *also}:
+                foreign[f"{kind} in {element}"] += 1
     given = precision(compiled)
-    foreign = set(types) - {"f32", "f64", asked, *also}
-    if given != asked or foreign or (arithmetic and not set(arithmetic) & {asked, *also}):
+    if given != asked or (arithmetic and not set(arithmetic) & {asked, *also}):
         found = ", ".join(f"{count} in {element}" for element, count in sorted(arithmetic.items()))
         raise BuildFailed(
             f"OpenVINO was asked for {asked} and falls back to {given}: of the matrix products and convolutions in "
             f"{graph}, {found or 'none'}. Choose a recipe that this processor has arithmetic for."
+        )
+    if foreign:
+        parts = ", ".join(f"{count} {what}" for what, count in sorted(foreign.items()))
+        raise BuildFailed(
+            f"OpenVINO was asked for {asked} and computes parts of {graph} in another format: {parts}. Choose another "
+            "recipe or library."
         )
     total = sum(types.values()) or 1
     shares = {TYPES[element]: round(count / total, 4) for element, count in sorted(types.items())}

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from lehr.engines import openvino_cpu
-from lehr.engines.settings import DEFAULT, Settings
+from lehr.engines.job import Job
 from lehr.runtime.engine import Plan
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,33 +40,18 @@ class OpenVinoDevice:
         """The installed library's version; raises MissingExtra."""
         return openvino_cpu.version()
 
-    def build(
-        self,
-        graph: Path,
-        feeds: Mapping[str, npt.NDArray[Any]],
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        threads: int,
-        settings: Settings = DEFAULT,
-    ) -> Plan:
-        """Compile ``graph`` for the device; raises IncompatibleEngine, too, where OpenVINO does not find it.
+    def build(self, job: Job, folder: Path) -> Plan:
+        """Compile a graph for the device; raises IncompatibleEngine, too, where OpenVINO does not find it.
 
         A graph that runs once computes in fp32 whatever the recipe: on the processor, where the device has no fp32.
         """
         from lehr.runtime.backends.openvino import DEVICE, check_device
 
         check_device(self.device)
-        own = recipe.arithmetic in self.precisions or recipe.arithmetic not in openvino_cpu.PRECISIONS
+        own = job.recipe.arithmetic in self.precisions or job.recipe.arithmetic not in openvino_cpu.PRECISIONS
         return openvino_cpu.build_for_device(
-            graph,
-            feeds,
+            job,
             folder,
-            name=name,
-            recipe=recipe,
-            threads=threads,
-            settings=settings,
             device=self.device if own else DEVICE,
             precisions=self.precisions if own else openvino_cpu.PRECISIONS,
         )

@@ -17,7 +17,7 @@ from lehr.runtime.manifest import GraphEntry
 from lehr.runtime.recipe import Recipe
 
 # Bytes of a weight; NVFP4 has a scale of one byte for sixteen.
-_WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5, "nvfp4": 0.5625}
+_WIDTH = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "uint8": 1.0, "fp8": 1.0, "int4": 0.5, "nvfp4": 0.5625}
 _SIDE, _BYTES, _REPETITIONS = 1536, 1 << 28, 12
 
 

@@ -49,6 +49,18 @@ class Weights(str, Enum):
     STREAMED = "streamed"
 
 
+class Spinning(str, Enum):
+    """Whether threads that wait between two operators poll for work, or sleep.
+
+    Polling saves what waking costs, which counts where operators are short, and takes the whole of the cores while a
+    step runs. AUTO: as is measured faster, where libraries are measured anyway; else they sleep.
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Settings of one build; what stands here is the default of every library.
@@ -62,6 +74,7 @@ class Settings:
         compatible: where else the engine must load.
         weights: where they are.
         mode: what the engine is made for.
+        spinning: of ONNX Runtime's threads on the processor; the other libraries' sleep by themselves.
         cached: take an engine made of the same things from the user's cache, and leave this one there.
     """
 
@@ -73,6 +86,7 @@ class Settings:
     compatible: Compatible = Compatible.NONE
     weights: Weights = Weights.EMBEDDED
     mode: Mode = Mode.LATENCY
+    spinning: Spinning = Spinning.AUTO
     cached: bool = True
 
     def __post_init__(self) -> None:
@@ -92,8 +106,12 @@ class Settings:
             raise InvalidInput(f"effort is {self.effort}, expected 0 to {MAX_EFFORT}.")
 
     def chosen(self) -> frozenset[str]:
-        """Names of the settings that are not at their default; the cache is every library's."""
-        return frozenset(f.name for f in fields(self) if getattr(self, f.name) != f.default) - {"cached"}
+        """Names of the settings that ask something of a library and are not at their default.
+
+        The cache is every library's, and threads that sleep are what every library has.
+        """
+        given = frozenset(f.name for f in fields(self) if getattr(self, f.name) != f.default)
+        return given - {"cached"} - ({"spinning"} if self.spinning is Spinning.OFF else set[str]())
 
     def refused(self, heeds: Collection[str]) -> list[str]:
         """Of the chosen settings, those that a builder does not heed, as the command line names them."""
@@ -134,5 +152,6 @@ _OPTIONS = {
     "compatible": "--compatible",
     "weights": "--weights",
     "mode": "--mode",
+    "spinning": "--spinning",
 }
 DEFAULT = Settings()

@@ -11,7 +11,7 @@ from typing import Any
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.manifest import StageEntry
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 
 NAME = "ranges.json"  # in a stage's folder
 VERSION = 1
@@ -22,8 +22,8 @@ def audit_file(entry: StageEntry) -> str:
     return f"{entry.spec.folder}/{NAME}"
 
 
-def audited_stage(bundle: Bundle, stage: str, recipe: Recipe) -> frozenset[str]:
-    """Names of the nodes that a stage's audit keeps in float32 under a half-precision recipe.
+def audited_stage(bundle: Bundle, stage: str, short: Format) -> frozenset[str]:
+    """Names of the nodes that a stage's audit keeps in float32 where the rest computes in ``short``.
 
     A stage that was never audited, because it was exported without golden data, can be built in bf16: it has float32's
     range.
@@ -32,9 +32,9 @@ def audited_stage(bundle: Bundle, stage: str, recipe: Recipe) -> frozenset[str]:
         InvalidInput: fp16 without an audit, or with one of another graph or other golden data.
         BundleError: what was recorded is damaged.
     """
-    form = recipe.arithmetic.value
+    form = short.value
     if audit_file(bundle.manifest.stage(stage)) not in bundle.manifest.files:
-        if recipe.arithmetic is Format.BF16:
+        if short is Format.BF16:
             return frozenset()
         raise InvalidInput(
             f"stage {stage!r} of {bundle.root.name} was exported without golden data, so nobody knows what of it "
@@ -47,9 +47,9 @@ def audited_stage(bundle: Bundle, stage: str, recipe: Recipe) -> frozenset[str]:
         raise _damaged(bundle, stage, repr(e)) from e
 
 
-def overflowing(bundle: Bundle, stage: str, recipe: Recipe) -> frozenset[str]:
-    """Names of the nodes that read or write what the recipe's format cannot hold; raises as :func:`audited_stage`."""
-    form = recipe.arithmetic.value
+def overflowing(bundle: Bundle, stage: str, short: Format) -> frozenset[str]:
+    """Names of the nodes that read or write what a format cannot hold; raises as :func:`audited_stage`."""
+    form = short.value
     try:
         rows = [row for row in _read(bundle, stage)["findings"] if row["format"] == form]
         return frozenset(str(row["node"]) for row in rows if row["kind"] == "overflows")

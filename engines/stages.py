@@ -1,7 +1,8 @@
 """Engines of the stages beside the denoiser: built as the denoiser's are, from one graph each.
 
 A stage has no schedule and no loop. Its graph runs once a picture, a ControlNet's once an evaluation, and all of it
-computes in the recipe's format but for what its range audit keeps in float32.
+computes in the recipe's format but for what its range audit keeps in float32. A quantised recipe is what the stage
+itself was calibrated for, whatever the denoiser's is.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from pathlib import Path
 from lehr.engines.build import Progress, ready, silent, stand_in
 from lehr.engines.builders import builder_for, candidates
 from lehr.engines.choose import Candidate, Measured, interleaved
-from lehr.engines.compiling import Job, remembered
+from lehr.engines.compiling import remembered
+from lehr.engines.job import Job
 from lehr.engines.kit import make, open_kit
 from lehr.engines.making import Work, make_engine
+from lehr.engines.quantised import calibrated_files, check_achieved, lower_calibrated
 from lehr.engines.ranges import input_ranges
 from lehr.engines.settings import DEFAULT, Settings, StoredWeights
 from lehr.engines.stage_audit import audit_file, audited_stage, overflowing
 from lehr.engines.target import Target
 from lehr.runtime.backends import backend
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.calibrated import calibrated_names, check_current, read_calibrated
 from lehr.runtime.engine import STEP, EngineRecord, Plan
 from lehr.runtime.errors import BundleError, InvalidInput, MissingExtra, RunFailed
 from lehr.runtime.kits import KitRecord, find_kit
@@ -66,7 +70,7 @@ def build_stage(
         root: the bundle.
         stage: its name.
         target: the class of machine.
-        recipe: fp32, fp16 or bf16.
+        recipe: fp32, fp16, bf16, or one that the stage was calibrated for.
         library: an engine library of the target, or "auto".
         threads: of the engine on CPUs, of the build elsewhere; 0 is one a core.
         progress: takes a line of text now and then.
@@ -74,12 +78,11 @@ def build_stage(
 
     Raises:
         UnknownName: no such stage.
-        InvalidInput, IncompatibleEngine, BundleError, BuildFailed: as there; and a recipe that needs calibration.
+        InvalidInput, IncompatibleEngine, BundleError, BuildFailed: as there; and a recipe for loops only.
     """
-    check_recipe(stage, recipe)
-    settings = replace(settings, batches=(), sizes=())
     bundle = Bundle.open(root)
-    bundle.manifest.stage(stage)
+    check_recipe(bundle, stage, recipe)
+    settings = replace(settings, batches=(), sizes=())
     versions = ready(target, recipe, library, threads, settings)
 
     def compiled(name: str, folder: Path) -> dict[str, Plan]:
@@ -98,8 +101,8 @@ def build_stage_kit(
     root: Path, stage: str, target: Target, recipe: Recipe, *, options: Sequence[str] = ()
 ) -> KitRecord:
     """The half of a stage's build that needs no GPU; see :func:`lehr.engines.build.build_kit`."""
-    check_recipe(stage, recipe)
     bundle = Bundle.open(root)
+    check_recipe(bundle, stage, recipe)
     entry, library = bundle.manifest.stage(stage), candidates(target, recipe)[0]
     formats = builder_for(target, library).LOWERED
     return make(
@@ -108,20 +111,31 @@ def build_stage_kit(
         recipe,
         plans={STEP: entry.graph},
         spec=entry.spec,
-        lowered=lambda _, scratch: _lowered(bundle, stage, target, recipe, formats, scratch),
+        lowered=lambda _, scratch: _lowered(bundle, stage, target, library, recipe, formats, scratch),
         sources=_made_from(bundle, stage, recipe, formats),
         options=options,
         stage=stage,
     )
 
 
-def check_recipe(stage: str, recipe: Recipe) -> None:
-    """Raise InvalidInput for a recipe that no stage can be built in."""
-    if recipe.calibrated or recipe.schedule is not None or recipe.scope is not Scope.GRAPH:
+def check_recipe(bundle: Bundle, stage: str, recipe: Recipe) -> None:
+    """Refuse a recipe that a stage cannot be built in.
+
+    Raises:
+        UnknownName: no such stage.
+        InvalidInput: a recipe for loops, or one that the stage was not calibrated for, or for other weights; with the
+            command that does.
+        BundleError: what was calibrated is damaged.
+    """
+    bundle.manifest.stage(stage)
+    if recipe.schedule is not None or recipe.scope is not Scope.GRAPH:
+        known = ", ".join(("fp32", "fp16", "bf16", *calibrated_names(bundle, stage)))
         raise InvalidInput(
-            f"stage {stage!r} cannot be built in {recipe.name!r}: stages are not quantised. Choose fp32, fp16 or bf16: "
+            f"stage {stage!r} cannot be built in {recipe.name!r}, which is for a denoiser's loop. It can in {known}: "
             f"--stage-recipe {stage}=fp16."
         )
+    if recipe.calibrated:
+        check_current(bundle, read_calibrated(bundle, recipe.name, stage))
 
 
 def _plans(
@@ -149,7 +163,9 @@ def _plans(
     progress(f"stage {stage} with {library} in {recipe.name}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lowered-") as scratch:
         lowered = (
-            _lowered(bundle, stage, target, recipe, made.LOWERED, Path(scratch)) if kit is None else kit.graphs[STEP]
+            _lowered(bundle, stage, target, library, recipe, made.LOWERED, Path(scratch))
+            if kit is None
+            else kit.graphs[STEP]
         )
         job = Job(
             name=STEP,
@@ -164,13 +180,23 @@ def _plans(
             settings=settings,
             stored=stored if kit is None else None,
         )
-        return {STEP: remembered(bundle, made, job, folder, progress)}
+        plan = remembered(bundle, made, job, folder, progress)
+    check_achieved(bundle, recipe, library, plan.operators, stage)
+    return {STEP: plan}
 
 
 def _lowered(
-    bundle: Bundle, stage: str, target: Target, recipe: Recipe, formats: Collection[Format], scratch: Path
+    bundle: Bundle,
+    stage: str,
+    target: Target,
+    library: str,
+    recipe: Recipe,
+    formats: Collection[Format],
+    scratch: Path,
 ) -> Path:
     """The stage's graph in the recipe's format: itself where the library converts it, else one in ``scratch``."""
+    if recipe.calibrated:
+        return lower_calibrated(bundle, target, library, recipe, STEP, formats, scratch, stage=stage)
     graph = bundle.path(bundle.manifest.stage(stage).graph.file)
     if recipe.arithmetic not in formats:
         return graph
@@ -181,10 +207,10 @@ def _lowered(
         from lehr.engines.graph.lowering.products import all_but_products
     except ModuleNotFoundError as e:
         raise MissingExtra(e.name or "onnx_ir", "export") from e
-    keep_high = audited_stage(bundle, stage, recipe)
+    keep_high = audited_stage(bundle, stage, recipe.arithmetic)
     if Format.FP32 not in target.formats:  # no products in fp32: SM 7.5
         able = all_but_products(graph)
-        if large := sorted(overflowing(bundle, stage, recipe) - able):
+        if large := sorted(overflowing(bundle, stage, recipe.arithmetic) - able):
             raise InvalidInput(
                 f"target {target.name!r} multiplies matrices in {recipe.arithmetic.value} only, and {len(large)} "
                 f"products of stage {stage!r} leave its range, {large[0]!r} first. Choose a target that has fp32."
@@ -204,9 +230,7 @@ def _sources(bundle: Bundle, stage: str, target: Target, recipe: Recipe, library
 
 def _made_from(bundle: Bundle, stage: str, recipe: Recipe, formats: Collection[Format]) -> dict[str, str]:
     entry = bundle.manifest.stage(stage)
-    names = {entry.graph.file, entry.graph.weights}
-    if recipe.arithmetic in formats and audit_file(entry) in bundle.manifest.files:
-        names.add(audit_file(entry))
+    names = {entry.graph.file, entry.graph.weights, *calibrated_files(bundle, recipe, formats, stage)}
     return {name: bundle.manifest.files[name].sha256 for name in sorted(filter(None, names))}
 
 
@@ -227,7 +251,7 @@ def _measured(bundle: Bundle, stage: str, recipe: Recipe, candidates: list[Candi
             rows[library] = Measured(library=library)
             if golden is not None:
                 errors = stage_errors(runner, golden)
-                worst, limit = worst_output(errors, golden, recipe.name)
+                worst, limit = worst_output(errors, golden, recipe)
                 rows[library] = Measured(library=library, max_rel_error=errors[worst], limit=limit)
         except (RunFailed, BundleError) as e:
             rows[library] = Measured(library=library, reason=str(e))

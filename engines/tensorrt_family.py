@@ -22,19 +22,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lehr.engines import cache, forecast, tensorrt_layers
-from lehr.engines.ranges import InputRange
-from lehr.engines.settings import DEFAULT, Compatible, Settings, StoredWeights, Weights
+from lehr.engines.job import Job
+from lehr.engines.settings import Compatible, Settings, StoredWeights, Weights
 from lehr.engines.target import Target
 from lehr.runtime import host
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, IncompatibleEngine, InvalidInput, MissingExtra
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 
 Progress = Callable[[str], None]
 
@@ -112,23 +112,10 @@ class TensorRtBuilder:
         except (ImportError, OSError) as e:
             raise BuildFailed(f"{self.title} is installed but does not load: {e}. Install it again.") from e
 
-    def build_for(
-        self,
-        graph: Path,
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        target: Target,
-        ranges: Mapping[str, InputRange],
-        threads: int,
-        progress: Progress,
-        narrow: Sequence[Mapping[str, InputRange]] = (),
-        settings: Settings = DEFAULT,
-        stored: StoredWeights | None = None,
-    ) -> Plan:
-        """Compile ``graph`` for ``target`` into ``folder``; see :class:`lehr.engines.builders.TargetBuilder`."""
+    def build_for(self, job: Job, folder: Path, progress: Progress) -> Plan:
+        """Compile a graph for its target into ``folder``; see :class:`lehr.engines.builders.TargetBuilder`."""
         library = self._library()
+        graph, recipe, target, settings, stored = job.graph, job.recipe, job.target, job.settings, job.stored
         if recipe.arithmetic not in self.FORMATS:
             raise BuildFailed(f"{self.title} cannot build recipe {recipe.name!r}: no {recipe.arithmetic.value}.")
         here = host.gpu_compute_capability()
@@ -136,21 +123,21 @@ class TensorRtBuilder:
         if not ahead:
             self._check_gpu(target, here)
         self._check_settings(settings, target, stored)
-        what = f"{name} for {target.where}"
+        what = f"{job.name} for {target.where}"
         needed = forecast.forecast_mb(graph, stored)
         if warning := forecast.check(needed, what):
             progress(warning)
         stripped = settings.weights is Weights.STRIPPED
-        plan = folder / f"{name}.engine"
+        plan = folder / f"{job.name}.engine"
         timed = settings.cached and not ahead
         timing = str(cache.timing_file(self.module, self.version(), f"sm{here}")) if timed else ""
-        job: dict[str, Any] = {
+        order: dict[str, Any] = {
             "module": self.module,
             "plan": str(plan),
             "capabilities": [f"SM{sm.replace('.', '')}" for sm in target.sm],
-            "ranges": {key: given.to_json() for key, given in ranges.items()},
-            "narrow": [{key: given.to_json() for key, given in profile.items()} for profile in narrow],
-            "threads": threads,
+            "ranges": {key: given.to_json() for key, given in job.ranges.items()},
+            "narrow": [{key: given.to_json() for key, given in profile.items()} for profile in job.narrow],
+            "threads": job.threads,
             "flags": [
                 *_WEIGHT_FLAGS[settings.weights],
                 *(["VERSION_COMPATIBLE"] if settings.compatible is Compatible.VERSION else []),
@@ -170,9 +157,9 @@ class TensorRtBuilder:
         def attempt(pieces: frozenset[str]) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".tensorrt-") as scratch:
                 readable = self.readable(graph, target, Path(scratch), pieces)
-                done = self._run({**job, "graph": str(readable)}, Path(scratch), what, progress)
+                done = self._run({**order, "graph": str(readable)}, Path(scratch), what, progress)
                 if stripped and stored is not None:
-                    done["refit"] = self._refit(readable, stored, folder / f"{name}.refit")
+                    done["refit"] = self._refit(readable, stored, folder / f"{job.name}.refit")
                 return done
 
         pieces = frozenset() if hasattr(library, "IAttention") else frozenset({"Attention"})
@@ -187,8 +174,8 @@ class TensorRtBuilder:
         precision, operators = tensorrt_layers.achieved(done["inspected"], asked=recipe.arithmetic, what=what)
         options = {
             "sm": list(target.sm),
-            "ranges": job["ranges"],
-            "narrow": job["narrow"],
+            "ranges": order["ranges"],
+            "narrow": order["narrow"],
             "in_pieces": sorted(pieces),
             **done["settings"],
             **{key: value for key, value in settings.to_json().items() if key not in _PROFILED},

@@ -33,13 +33,13 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from lehr.engines import cache
-from lehr.engines.settings import DEFAULT, Settings
+from lehr.engines.job import Job
 from lehr.export.graph_module import GraphModule
 from lehr.runtime import host
 from lehr.runtime.engine import Plan
 from lehr.runtime.errors import BuildFailed, BundleError, IncompatibleEngine, RunFailed
 from lehr.runtime.hoisted import SHAPE_SUFFIX
-from lehr.runtime.recipe import Format, Recipe
+from lehr.runtime.recipe import Format
 
 Array = npt.NDArray[Any]
 
@@ -82,38 +82,28 @@ class AotInductorBuilder:
         """PyTorch's version."""
         return _version()
 
-    def build(
-        self,
-        graph: Path,
-        feeds: Mapping[str, Array],
-        folder: Path,
-        *,
-        name: str,
-        recipe: Recipe,
-        threads: int,
-        settings: Settings = DEFAULT,
-    ) -> Plan:
-        """Compile ``graph`` into ``folder``; see :class:`lehr.engines.builders.Builder`.
+    def build(self, job: Job, folder: Path) -> Plan:
+        """Compile a graph into ``folder``; see :class:`lehr.engines.builders.Builder`.
 
         Raises:
             IncompatibleEngine: there is no GPU of PyTorch's here.
         """
-        settings.hold("AOTInductor", self.HEEDS)
-        if recipe.arithmetic not in self.FORMATS:
-            raise BuildFailed(f"AOTInductor cannot build recipe {recipe.name!r}: no {recipe.arithmetic.value}.")
+        job.settings.hold("AOTInductor", self.HEEDS)
+        if job.recipe.arithmetic not in self.FORMATS:
+            raise BuildFailed(f"AOTInductor cannot build recipe {job.recipe.name!r}: no {job.recipe.arithmetic.value}.")
         _check_device(self.device)
         if self.device == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
             raise BuildFailed("AOTInductor needs a C++ compiler, and there is no g++ here. Install one, or set CXX.")
-        module = GraphModule(graph).eval().to(self.device)
-        example = tuple(_tensor(key, feeds[key], self.device) for key in module.inputs)
-        plan = folder / f"{name}.pt2"
+        module = GraphModule(job.graph).eval().to(self.device)
+        example = tuple(_tensor(key, job.feeds[key], self.device) for key in module.inputs)
+        plan = folder / f"{job.name}.pt2"
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations within PyTorch's own compiler
                 program = _exported(module, example)
                 torch._inductor.aoti_compile_and_package(program, package_path=str(plan))
         except FAILURES as e:
-            raise BuildFailed(f"AOTInductor cannot build {graph.name}: {_first_line(e)}") from e
+            raise BuildFailed(f"AOTInductor cannot build {job.graph.name}: {_first_line(e)}") from e
         _trust(plan)
         operators, precision = _inspect(program)
         return Plan(
@@ -121,9 +111,9 @@ class AotInductorBuilder:
             options={
                 "device": self.device,
                 "gpu": host.gpu_compute_capability() if self.device == "cuda" else None,
-                "threads": threads,
+                "threads": job.threads,
                 "inputs": [
-                    {"name": key, "dtype": feeds[key].dtype.name, "shape": _shape_of(shape)}
+                    {"name": key, "dtype": job.feeds[key].dtype.name, "shape": _shape_of(shape)}
                     for key, shape in zip(module.inputs, _sizes(program), strict=True)
                 ],
                 "outputs": list(module.outputs),

@@ -18,6 +18,7 @@ from lehr.export.checkpoints.files import Pickles
 from lehr.export.golden import default_tier, record
 from lehr.export.graphs import FOLDER, Cut, compare, loop_settings, make_graphs
 from lehr.export.own_scheduler import check_steps, own_tables
+from lehr.export.own_stages import own_stages
 from lehr.export.picture_golden import record_pictures
 from lehr.export.pipelines.parts import Parts
 from lehr.export.pipelines.read import Extent, read_pipeline
@@ -141,7 +142,8 @@ def export(source: str, output: Path, options: Options, *, progress: Callable[[s
             command=options.command,
             golden_tier=tier.value,
         )
-        stages = _write_stages(edit, parts.stages, pipeline, options, progress)
+        brought = own_stages(found) if options.extent is Extent.WHOLE else ()
+        stages = _write_stages(edit, (*parts.stages, *brought), pipeline, options, progress)
         if pipeline is not None and tier is Tier.FULL:
             whole = replace(pipeline, denoiser=found, stages=tuple(parts.stages))
             tables = {} if scheduler is None else scheduler.tables

@@ -95,8 +95,14 @@ def export_stage(edit: Edit, found: StageSource, *, tier: Tier | None, device: s
     parameters = sum(parameter.numel() for parameter in found.module.parameters())
     if found.weights is None:
         tier = Tier.NONE
+    large = tier is None and default_tier(parameters) is Tier.NONE
     tier = tier or default_tier(parameters)
     progress(f"stage {spec.name}: {parameters:,} parameters, {found.origin}")
+    if large:
+        progress(
+            f"stage {spec.name}: no golden data, as it has more than 2 billion parameters; without it no gate passes. "
+            "Export with --golden steps to record it."
+        )
     edit.remove(spec.folder)
     folder = edit.folder(spec.folder)
     model = trace(found.module, spec)

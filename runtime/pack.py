@@ -65,6 +65,7 @@ def pack(bundle: Bundle, record: Part, output: Path, *, golden: bool, stages: Se
         raise BundleError(f"{bundle.root.name} holds no golden data. Export it with --golden steps or full.")
     recipes = (record.recipe, *(part.name for part in recipe_of(bundle, record.recipe).parts.values()))
     stated = [f"{calibrated_folder(name)}/{RECORD}" for name in recipes]  # what they are and what they may lose
+    stated += [f"{calibrated_folder(stage.recipe, stage.stage)}/{RECORD}" for stage in stages]
     prefixes = [f"{record.folder}/", "tables/", *stated, *(["golden/"] if golden else [])]
     prefixes += [f"{stage.folder}/" for stage in stages]
     beside = _beside(bundle, [stage.stage for stage in stages if stage.stage is not None], golden=golden)

@@ -37,6 +37,25 @@ def check_channels(shape: tuple[int, ...]) -> None:
         )
 
 
+def frame_axis(shape: tuple[int | str, ...]) -> int | None:
+    """The axis that counts frames in samples of the named ``shape``, as a spec has it; None where there is one picture.
+
+    >>> frame_axis(("batch", 4, "frames", "height", "width"))
+    2
+    """
+    return shape.index("frames") if "frames" in shape else None
+
+
+def sheet(shots: npt.NDArray[Any], value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """(N, K, C, H, W), K frames or views of each sample, as one picture: a sample a row."""
+    return grid(to_bytes(shots.reshape(-1, *shots.shape[2:]), value_range), columns=shots.shape[1])
+
+
+def film(shots: npt.NDArray[Any], value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """(N, K, C, H, W) as K pictures (K, H', W', C), each of all samples side by side."""
+    return np.stack([grid(to_bytes(shots[:, k], value_range)) for k in range(shots.shape[1])])
+
+
 def grid(pictures: npt.NDArray[np.uint8], *, columns: int | None = None, zoom: int = 1) -> npt.NDArray[np.uint8]:
     """(N, H, W, C) -> one (rows, columns, C) picture, row by row, on white; each pixel drawn ``zoom`` times."""
     n, height, width, channels = pictures.shape

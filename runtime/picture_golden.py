@@ -19,6 +19,7 @@ from lehr.runtime.engine import engines
 from lehr.runtime.errors import BundleError, MissingExtra
 from lehr.runtime.parity import compare
 from lehr.runtime.picture_request import PictureRequest
+from lehr.runtime.stages import DENOISER, stage_engine
 from lehr.runtime.text_to_image import TextToImage
 from lehr.runtime.verify import FLOOR_FACTOR, FP32_PSNR_DB, Level
 
@@ -127,7 +128,9 @@ def verify_pictures(
         return Level(passed=None, reason=str(e))
     if drawn.shape != golden.pictures.shape:
         return Level(passed=False, reason=f"pictures of shape {drawn.shape}, expected {golden.pictures.shape}")
-    limit = picture_limit(bundle, golden, recipe)
+    recipes = {DENOISER: recipe, **(stage_recipes or {})}
+    ran = {name: stage_engine(bundle, name, target, recipes).recipe for name in bundle.manifest.stages}
+    limit = picture_limit(bundle, golden, recipe, ran)
     parity = compare(golden.pictures, drawn, RANGE)
     return Level(
         passed=bool(parity.psnr_db >= limit),
@@ -136,12 +139,17 @@ def verify_pictures(
     )
 
 
-def picture_limit(bundle: Bundle, golden: PictureGolden, recipe: str) -> float:
-    """The least PSNR of a picture with a denoiser in ``recipe``, in dB.
+def picture_limit(bundle: Bundle, golden: PictureGolden, recipe: str, stages: Mapping[str, str] | None = None) -> float:
+    """The least PSNR of a picture with a denoiser in ``recipe`` and stages in theirs, in dB: the least of all these.
 
     As for single stages, fp16 where eager overflows may err as eager does in bf16.
     """
-    stated = recipe_of(bundle, recipe).psnr_db
+    parts = [(None, recipe), *(stages or {}).items()]
+    return min(_limit(bundle, golden, chosen, stage) for stage, chosen in parts)
+
+
+def _limit(bundle: Bundle, golden: PictureGolden, recipe: str, stage: str | None) -> float:
+    stated = recipe_of(bundle, recipe, stage).psnr_db
     if stated is not None:
         return min(FP32_PSNR_DB, stated)
     factor = 20 * float(np.log10(FLOOR_FACTOR))

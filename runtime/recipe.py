@@ -18,6 +18,7 @@ class Format(str, Enum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"  # symmetric, -128 to 127
+    UINT8 = "uint8"  # 8 bits with a zero point; of activations only, whose products with int8 weights are int8 products
     INT4 = "int4"  # symmetric, -8 to 7, a scale for each block of weights
     FP8 = "fp8"  # E4M3: 4 bits of exponent, 3 of mantissa, up to 448
     NVFP4 = "nvfp4"  # E2M1 in blocks of 16 whose scales are fp8
@@ -31,7 +32,8 @@ class Scope(str, Enum):
 
 
 MIXED = "mixed"  # the name under which lehr calibrate --budget keeps what it found
-QUANTISED = frozenset({Format.INT8, Format.INT4, Format.FP8, Format.NVFP4})  # need scales, which calibration finds
+# These need scales, which calibration finds.
+QUANTISED = frozenset({Format.INT8, Format.UINT8, Format.INT4, Format.FP8, Format.NVFP4})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +207,16 @@ RECIPES = {
         psnr_db=26.0,
         rel_error=0.12,
         summary="int8 after SmoothQuant, which moves outliers from activations into weights",
+    ),
+    "int8-asym": Recipe(
+        name="int8-asym",
+        version=1,
+        weights=Format.INT8,
+        arithmetic=Format.INT8,
+        others=(Format.UINT8,),
+        psnr_db=26.0,
+        rel_error=0.12,
+        summary="int8-sq with a zero point for each activation, which CPUs take and TensorRT does not",
     ),
     "int8-weight": Recipe(
         name="int8-weight",

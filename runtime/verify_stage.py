@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.calibrated import recipe_of
 from lehr.runtime.engine import EngineRecord
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.parity import relative_error
-from lehr.runtime.recipe import RECIPES
+from lehr.runtime.recipe import Recipe
 from lehr.runtime.stage_golden import StageGolden, read_stage_golden
 from lehr.runtime.stages import StageFunction, load_stage
 from lehr.runtime.verify import FLOOR_FACTOR, FP32_REL_ERROR, Level, Verdict, precision_problem, value_problem
@@ -32,6 +33,7 @@ def verify_stage(bundle: Bundle, record: EngineRecord, tolerance: Tolerance = DE
 
     Raises:
         BundleError: no golden data, damaged files, or an engine of another machine.
+        UnknownName: a recipe that neither the stage was calibrated for nor Lehr knows.
         InvalidInput: an engine of the denoiser.
     """
     if record.stage is None:
@@ -54,7 +56,7 @@ def verify_stage(bundle: Bundle, record: EngineRecord, tolerance: Tolerance = DE
         return Verdict(engine=record.folder, levels={"L0": l0, "L1": unreached})
     l0 = Level(passed=True, reason="shapes, finiteness and precision as specified", measures=measures)
     errors = {name: relative_error(golden.outputs[name], value) for name, value in outputs.items()}
-    worst, limit = worst_output(errors, golden, record.recipe, tolerance)
+    worst, limit = worst_output(errors, golden, recipe_of(bundle, record.recipe, record.stage), tolerance)
     return Verdict(
         engine=record.folder,
         levels={
@@ -75,7 +77,7 @@ def stage_errors(stage: StageFunction, golden: StageGolden) -> dict[str, float]:
 
 
 def worst_output(
-    errors: Mapping[str, float], golden: StageGolden, recipe: str, tolerance: Tolerance = DEFAULT
+    errors: Mapping[str, float], golden: StageGolden, recipe: Recipe, tolerance: Tolerance = DEFAULT
 ) -> tuple[str, float]:
     """The output that is nearest to its limit or furthest beyond it, and that limit."""
     limits = {name: stage_limit(golden, recipe, name, tolerance) for name in errors}
@@ -83,17 +85,17 @@ def worst_output(
     return worst, limits[worst]
 
 
-def stage_limit(golden: StageGolden, recipe: str, output: str, tolerance: Tolerance = DEFAULT) -> float:
+def stage_limit(golden: StageGolden, recipe: Recipe, output: str, tolerance: Tolerance = DEFAULT) -> float:
     """The largest relative error that an engine of ``recipe`` may show in one output.
 
-    Where eager overflows in fp16, an engine keeps in fp32 what does, and may err as much as eager does in bf16.
+    Where eager overflows in fp16, an engine keeps in fp32 what does, and may err as much as eager does in bf16. What a
+    quantised recipe may lose it states itself: eager PyTorch has no such formats to measure.
     """
-    known = RECIPES.get(recipe)
-    if known is not None and known.rel_error is not None:
-        return known.rel_error
-    floor = golden.floors.get(recipe)
+    if recipe.rel_error is not None:
+        return recipe.rel_error
+    floor = golden.floors.get(recipe.name)
     if floor is not None:
         return max(tolerance.factor * floor[output], tolerance.least)
-    if recipe == "fp16" and "bf16" in golden.floors:
+    if recipe.name == "fp16" and "bf16" in golden.floors:
         return max(golden.floors["bf16"][output], tolerance.least)
     return tolerance.least

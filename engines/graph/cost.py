@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from lehr.runtime.spec import size_of
+from lehr.runtime.sizes import size_of
 
 # Operators that only rename or move what they are given.
 VIEWS = frozenset(

@@ -76,6 +76,13 @@ def sincos_grid(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([x, y], dim=-1).reshape(1, height * width, 2 * half)
 
 
+def integer_grid(rows: int, columns: int, dim: int, *, like: Tensor) -> Tensor:
+    """Sin-cos table of the integer grid, (1, rows * columns, dim), computed in float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    y, x = (sincos_positions(torch.arange(n, dtype=dtype, device=like.device), dim // 2) for n in (rows, columns))
+    return sincos_grid(y, x).to(like.dtype)
+
+
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, L, D), one token a patch."""
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from lehr.runtime.spec import BATCH, Dim, TensorSpec, Varies
 from lehr.runtime.stage import StageKind, StageSpec
+from lehr.runtime.views import CAMERA, RENDERER, look_at
 
 CHANNELS = 14
 SPLITS = (3, 3, 4, 1, 3)  # position, log scale, quaternion, opacity, colour
@@ -33,7 +34,7 @@ LOG_SCALE = -4.0  # of a channel at 0: standard deviations of 1.8 % of the unit
 BLUR = 0.3  # pixels² added to every ellipse, so that none falls between pixels, as in the release
 MAX_ALPHA = 0.99
 NEAR = 0.05  # what is closer to the camera's plane is not drawn
-NAME, FAMILY = "vae_decoder", "splat_renderer"  # the stage's name is that of any decoder
+NAME = "vae_decoder"  # the stage's name is that of any decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,17 +133,6 @@ class SplatRenderer(nn.Module):
         return (drawn + p.background * rest).unflatten(2, (p.height, p.width))
 
 
-def look_at(eye: npt.NDArray[np.float64], target: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """The pose (4, 4) of a camera at ``eye`` that looks at ``target``, upright: world y is up."""
-    forward = (target - eye) / np.linalg.norm(target - eye)
-    right = np.cross(forward, [0.0, 1.0, 0.0])
-    right = right / np.linalg.norm(right)
-    turn = np.stack([right, np.cross(forward, right), forward])
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = turn, -turn @ eye
-    return pose.astype(np.float32)
-
-
 # ---------------------------------------------------------------------------------------------------- stage
 
 
@@ -151,11 +141,11 @@ def stage_spec(p: RenderParams, *, gaussians: int) -> StageSpec:
     return StageSpec(
         name=NAME,
         kind=StageKind.LATENT_DECODER,
-        family=FAMILY,
+        family=RENDERER,
         inputs=(
             TensorSpec(name="latent_sample", shape=("batch", "gaussians", CHANNELS), varies=Varies.SAMPLE),
-            TensorSpec(name="world_to_camera", shape=("batch", 4, 4), varies=Varies.PROMPT),
-            TensorSpec(name="intrinsics", shape=("batch", 4), varies=Varies.PROMPT),
+            TensorSpec(name=CAMERA[0], shape=("batch", 4, 4), varies=Varies.PROMPT),
+            TensorSpec(name=CAMERA[1], shape=("batch", 4), varies=Varies.PROMPT),
         ),
         outputs=(TensorSpec(name="sample", shape=("batch", 3, p.height, p.width), varies=Varies.SAMPLE),),
         dims=(BATCH, Dim(name="gaussians", default=gaussians, max=8 * gaussians)),

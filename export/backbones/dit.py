@@ -23,9 +23,8 @@ from lehr.export.backbones._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    integer_grid,
     modulate,
-    sincos_grid,
-    sincos_positions,
     unpatchify,
 )
 from lehr.export.backbones.preset import Preset
@@ -280,13 +279,8 @@ class DiT(nn.Module):
         return unpatchify(x, rows, columns, p.patch_size)
 
     def positions(self, rows: int, columns: int, *, like: Tensor) -> Tensor:
-        """Sin-cos table of the integer grid, (1, rows * columns, D), computed in float32 at least."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        y, x = (
-            sincos_positions(torch.arange(n, dtype=dtype, device=like.device), self.params.hidden_size // 2)
-            for n in (rows, columns)
-        )
-        return sincos_grid(y, x).to(like.dtype)
+        """Where the patches are, (1, rows * columns, D)."""
+        return integer_grid(rows, columns, self.params.hidden_size, like=like)
 
 
 # ------------------------------------------------------------------------------------------------- presets

@@ -14,7 +14,7 @@ Shape legend: B batch, N Gaussians, M tokens of the condition, D token channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ from lehr.export.backbones.preset import Preset
 from lehr.runtime.paths import VP, BetaSchedule
 from lehr.runtime.prediction import SAMPLE
 from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
+
+VIT_TOKENS = 257  # of a picture in 16 x 16 patches, and its class token
 
 # ---------------------------------------------------------------------------------------------- parameters
 
@@ -127,8 +129,8 @@ class GaussianDiT(nn.Module):
 # ------------------------------------------------------------------------------------------------- presets
 
 
-def spec(name: str, p: Params, *, gaussians: int) -> ModelSpec:
-    """Inputs, outputs and conventions."""
+def spec(name: str, p: Params, *, gaussians: int, tokens: int = VIT_TOKENS) -> ModelSpec:
+    """Inputs, outputs and conventions of a model of so many ``gaussians``, conditioned on usually ``tokens`` tokens."""
     splats, context = ("batch", "gaussians", p.in_channels), ("batch", "context_tokens")
     return ModelSpec(
         name=name,
@@ -143,7 +145,7 @@ def spec(name: str, p: Params, *, gaussians: int) -> ModelSpec:
         dims=(
             BATCH,
             Dim(name="gaussians", default=gaussians, max=8 * gaussians),
-            Dim(name="context_tokens", default=257, max=1024),  # a ViT's of 16 x 16 patches and its class token
+            Dim(name="context_tokens", default=tokens, max=1024),
         ),
         path=VP(schedule=BetaSchedule.COSINE),
         prediction=SAMPLE,
@@ -156,3 +158,9 @@ PRESETS: dict[str, Preset] = {
         params=Params(), build=GaussianDiT, spec=spec("gaussian-dit-b", Params(), gaussians=4096)
     ),
 }
+_SOLIDS = Params(hidden_size=96, depth=4, num_heads=4, context_dim=16)
+PRESETS["coloured-solids"] = Preset(  # trained by lehr.export.reference.splats
+    params=_SOLIDS,
+    build=GaussianDiT,
+    spec=replace(spec("coloured-solids", _SOLIDS, gaussians=256, tokens=2), sampling=Sampling(num_inference_steps=30)),
+)

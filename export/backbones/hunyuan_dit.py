@@ -297,7 +297,10 @@ def _preset(name: str, p: Params, *, beta_end: float) -> Preset:
     return Preset(params=p, build=HunyuanDiT, spec=spec(name, p, size=128, path=path))
 
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[
+    str, Preset
+] = {  # beta_end: 0.03 is the default of the release's comfyui-hydit/hydit_v1_1/config.py, 0.018
+    # what its scripts train 1.2 with (--beta-end in controlnet/train_controlnet.sh)
     "hunyuan-dit-1.1": _preset("hunyuan-dit-1.1", Params(size_conditioning=True), beta_end=0.03),
     "hunyuan-dit-1.2": _preset("hunyuan-dit-1.2", Params(), beta_end=0.018),
 }

@@ -42,6 +42,11 @@ class Params:
         base_size: tokens a side at the size the position table was made for; other sizes stretch over its range.
         position_scale: divides positions; 2 for the 1024-pixel models, whose range is that of 512 pixels.
         size_conditioning: whether resolution and aspect ratio are inputs.
+        pooled_dim: channels of pooled text features that join the timestep in the modulation, as in SD3 (Esser et al.
+            2024, arXiv:2403.03206); 0 for none, as in the released models.
+        draft_dim: hidden channels of an MLP that draws a draft of the sample from the pooled text, which the tokens
+            see beside x_t (predict and refine, Whang et al. 2022, arXiv:2112.02475); 0 for none. It depends on the
+            prompt alone.
         learn_sigma: doubles the output channels (learned-range variance).
     """
 
@@ -55,6 +60,8 @@ class Params:
     base_size: int = 16
     position_scale: float = 1.0
     size_conditioning: bool = False
+    pooled_dim: int = 0
+    draft_dim: int = 0
     learn_sigma: bool = True
 
     def __post_init__(self) -> None:
@@ -65,6 +72,8 @@ class Params:
                 f"hidden_size {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions) and, with size "
                 "conditioning, of 3 (height, width and aspect ratio share it)"
             )
+        if self.draft_dim and not self.pooled_dim:
+            raise ValueError(f"draft_dim {self.draft_dim} needs the pooled text; set pooled_dim")
 
     @property
     def out_channels(self) -> int:
@@ -93,6 +102,27 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, encoder_hidden_states: Tensor) -> Tensor:
         return self.y_proj(encoder_hidden_states)
+
+
+class Draft(nn.Module):
+    """Pooled text (B, pooled_dim) -> a draft of the sample at the size of training, (B, C, S, S)."""
+
+    def __init__(self, p: Params) -> None:
+        super().__init__()
+        side = p.base_size * p.patch_size
+        self.mlp = nn.Sequential(
+            nn.Linear(p.pooled_dim, p.draft_dim), nn.SiLU(), nn.Linear(p.draft_dim, p.in_channels * side * side)
+        )
+        self.shape = (p.in_channels, side, side)
+
+    def forward(self, pooled_projections: Tensor) -> Tensor:
+        return self.mlp(pooled_projections).unflatten(1, self.shape)
+
+
+def nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, S, S) -> (B, C, height, width); gathered, so that the sizes may vary in an exported graph."""
+    rows, columns = (torch.arange(n, device=x.device) * x.shape[-1] // n for n in (height, width))
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 class PixArtBlock(nn.Module):
@@ -143,6 +173,13 @@ class PixArt(nn.Module):
         if p.size_conditioning:
             self.csize_embedder = TimestepEmbedder(p.hidden_size // 3)
             self.ar_embedder = TimestepEmbedder(p.hidden_size // 3)
+        if p.pooled_dim:
+            self.pooled_embedder = nn.Sequential(
+                nn.Linear(p.pooled_dim, p.hidden_size), nn.SiLU(), nn.Linear(p.hidden_size, p.hidden_size)
+            )
+        if p.draft_dim:
+            self.draft = Draft(p)
+            self.draft_embedder = PatchEmbed(p.in_channels, p.patch_size, p.hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(p.hidden_size, 6 * p.hidden_size))
         self.y_embedder = CaptionEmbedder(p.caption_channels, p.hidden_size)
         self.blocks = nn.ModuleList(PixArtBlock(p) for _ in range(p.depth))
@@ -156,6 +193,7 @@ class PixArt(nn.Module):
         encoder_attention_mask: Tensor,
         resolution: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -166,6 +204,7 @@ class PixArt(nn.Module):
             encoder_attention_mask: (B, M) int64, 1 for text and 0 for padding.
             resolution: (B, 2) float, height and width of the picture in pixels; for size-conditioned models.
             aspect_ratio: (B, 1) float, height / width; for size-conditioned models.
+            pooled_projections: (B, pooled_dim) pooled text features; for models that have them.
 
         Returns:
             (B, out_channels, H, W).
@@ -182,6 +221,13 @@ class PixArt(nn.Module):
             t = t + torch.cat(
                 [self.csize_embedder(height), self.csize_embedder(width), self.ar_embedder(aspect_ratio[:, 0])], dim=1
             )
+        if p.pooled_dim:
+            if pooled_projections is None:
+                raise ValueError("this model is conditioned on pooled text features; pass pooled_projections")
+            t = t + self.pooled_embedder(pooled_projections)
+            if p.draft_dim:
+                draft = nearest(self.draft(pooled_projections), *hidden_states.shape[2:])
+                x = x + self.draft_embedder(draft)
         modulation = self.t_block(t).unflatten(1, (6, p.hidden_size))
         y = self.y_embedder(encoder_hidden_states)
         mask_bias = ((1 - encoder_attention_mask.to(x.dtype)) * MASKED)[:, None, None, :]
@@ -224,6 +270,11 @@ def spec(
             TensorSpec(name="encoder_hidden_states", shape=(*text, p.caption_channels), varies=Varies.PROMPT),
             TensorSpec(name="encoder_attention_mask", dtype=DType.INT64, shape=text, varies=Varies.PROMPT),
             *(sizes if p.size_conditioning else []),
+            *(
+                [TensorSpec(name="pooled_projections", shape=("batch", p.pooled_dim), varies=Varies.PROMPT)]
+                if p.pooled_dim
+                else []
+            ),
         ),
         outputs=(TensorSpec(name="output", shape=("batch", p.out_channels, "height", "width"), varies=Varies.SAMPLE),),
         dims=(
@@ -243,7 +294,14 @@ def _preset(name: str, p: Params, *, size: int) -> Preset:
 
 
 EMOJI = Params(  # trained by lehr.export.reference.emoji, shipped
-    hidden_size=256, depth=8, num_heads=4, caption_channels=192, base_size=8, learn_sigma=False
+    hidden_size=256,
+    depth=6,
+    num_heads=4,
+    caption_channels=192,
+    base_size=8,
+    pooled_dim=192,
+    draft_dim=1408,
+    learn_sigma=False,
 )
 
 PRESETS: dict[str, Preset] = {
@@ -262,7 +320,7 @@ PRESETS: dict[str, Preset] = {
             text_tokens=Dim(name="text_tokens", default=32, max=32),
             path=LinearFlow(),
             prediction=FLOW_PREDICTION,
-            sampling=Sampling(guidance_scale=4.0),
+            sampling=Sampling(guidance_scale=2.0),
         ),
     ),
 }

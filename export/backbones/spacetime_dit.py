@@ -26,8 +26,8 @@ from lehr.export.backbones import dit
 from lehr.export.backbones._layers import Mlp, PatchEmbed, TimestepEmbedder, sincos_positions, unpatchify
 from lehr.export.backbones.pixart import CaptionEmbedder, FinalLayer, positions
 from lehr.export.backbones.preset import Preset
-from lehr.runtime.paths import VP
-from lehr.runtime.prediction import EPSILON
+from lehr.runtime.paths import VP, LinearFlow
+from lehr.runtime.prediction import EPSILON, SAMPLE
 from lehr.runtime.spec import BATCH, Dim, DType, ModelSpec, Sampling, TensorSpec, Varies
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -281,3 +281,19 @@ PRESETS: dict[str, Preset] = {
         spec=class_spec("spacetime-dit-xl-2", ClassParams(), size=32, frames=16),
     ),
 }
+_SHAPES = ClassParams(
+    picture=dit.Params(
+        in_channels=3, patch_size=4, hidden_size=96, depth=4, num_heads=4, num_classes=8, learn_sigma=False
+    ),
+    patch_frames=2,
+)
+PRESETS["moving-shapes"] = Preset(  # pixels; fitted by lehr.export.reference.video
+    params=_SHAPES,
+    build=SpaceTimeDiT,
+    spec=replace(
+        class_spec("moving-shapes", _SHAPES, size=16, frames=8),
+        path=LinearFlow(),
+        prediction=SAMPLE,  # easier than its noise where a patch has as many values as a token
+        sampling=Sampling(num_inference_steps=20, guidance_scale=1.5),
+    ),
+)

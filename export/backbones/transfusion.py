@@ -218,11 +218,18 @@ def spec(name: str, p: Params, *, size: int) -> ModelSpec:
     )
 
 
-def _preset(name: str, p: Params) -> Preset:
+def _preset(name: str, *, width: int, depth: int, heads: int, mlp: int) -> Preset:
+    p = Params(hidden_size=width, depth=depth, num_heads=heads, mlp_hidden=mlp)
     return Preset(params=p, build=Transfusion, spec=spec(name, p, size=32))
 
 
-PRESETS: dict[str, Preset] = {  # table 2 of the paper; pictures of 256 pixels are 32 x 32 x 8 latents, 256 patches
-    "transfusion-0.16b": _preset("transfusion-0.16b", Params()),
-    "transfusion-7b": _preset("transfusion-7b", Params(hidden_size=4096, depth=32, num_heads=32, mlp_hidden=11_008)),
+# The five sizes of the paper (table 2: depth, width, heads), whose names count a separate language head of as many
+# weights as the embedding. MLPs are Llama's: two thirds of four widths, rounded up to 256. Pictures of 256 pixels are
+# 32 x 32 x 8 latents, 256 patches.
+PRESETS: dict[str, Preset] = {
+    "transfusion-0.16b": _preset("transfusion-0.16b", width=768, depth=16, heads=12, mlp=2048),
+    "transfusion-0.37b": _preset("transfusion-0.37b", width=1024, depth=24, heads=16, mlp=2816),
+    "transfusion-0.76b": _preset("transfusion-0.76b", width=1536, depth=24, heads=24, mlp=4096),
+    "transfusion-1.4b": _preset("transfusion-1.4b", width=2048, depth=24, heads=16, mlp=5632),
+    "transfusion-7b": _preset("transfusion-7b", width=4096, depth=32, heads=32, mlp=11_008),
 }

@@ -15,7 +15,7 @@ E embedding channels. Feature maps are (B, T, C, H, W), tokens (B, T, L, C).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -387,3 +387,22 @@ PRESETS: dict[str, Preset] = {
     "svd": _preset("svd", frames=14),
     "svd-xt": _preset("svd-xt", frames=25),
 }
+_DARTS = Params(
+    in_channels=6,
+    out_channels=3,
+    block_out_channels=(32, 32),
+    layers_per_block=1,
+    attention_levels=(1,),
+    num_heads=(2, 2),
+    context_dim=48,
+    time_id_dim=32,
+)
+PRESETS["flying-darts"] = Preset(  # pixels; trained by lehr.export.reference.video
+    params=_DARTS,
+    build=VideoUNet,
+    spec=replace(
+        spec("flying-darts", _DARTS, height=16, width=16, frames=8),
+        path=EDM(sigma_min=0.02, sigma_max=80.0),
+        sampling=Sampling(num_inference_steps=20),
+    ),
+)

@@ -41,16 +41,18 @@ FAILURES = (
 def session_options(options: Mapping[str, Any]) -> ort.SessionOptions:
     """ONNX Runtime's options from the plain values kept in ``build.json``.
 
-    Keys: ``intra_op_threads`` (0: one a core), ``spinning`` (worker threads poll between operators: a few per cent
-    faster alone, up to 2 x slower for whatever else runs on the same cores), and perhaps ``prepacking`` (weights are
-    copied into the layout of the kernels when the graph is loaded; True if it is not given). Where the graph was seen
-    to need no operator of the CPU, ``cpu_fallback`` is False, and a session that would use one does not open.
+    Keys: ``intra_op_threads`` (0: one a core), ``spinning`` (worker threads poll between operators, to the end of the
+    call and not beyond: faster alone, slower for whatever else runs on the same cores), and perhaps ``prepacking``
+    (weights are copied into the layout of the kernels when the graph is loaded; True if it is not given). Where the
+    graph was seen to need no operator of the CPU, ``cpu_fallback`` is False, and a session that would use one does not
+    open.
     """
     made = ort.SessionOptions()
     made.log_severity_level = 3
     made.intra_op_num_threads = int(options["intra_op_threads"])
     made.inter_op_num_threads = 1
     made.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spinning"] else "0")
+    made.add_session_config_entry("session.force_spinning_stop", "1" if options["spinning"] else "0")
     made.add_session_config_entry("session.disable_prepacking", "0" if options.get("prepacking", True) else "1")
     if not options.get("cpu_fallback", True):
         made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from lehr.calibration.collected import Trajectories
 from lehr.calibration.columns import columns
-from lehr.calibration.configs import Range
+from lehr.calibration.configs import Range, ZeroPoint
 from lehr.calibration.histogram import BINS, HIGH, LOW, bins_of, count_by_channel, edges, range_of, squared_error
 from lehr.calibration.observers import Statistics, TensorStatistics, observe
 from lehr.calibration.trajectories import collect
@@ -116,6 +116,8 @@ def statistics(values: np.ndarray) -> TensorStatistics:
         axis=-1,
         low=float(values.min()),
         high=float(values.max()),
+        lows=values.min(axis=0),
+        highs=values.max(axis=0),
         peak=np.abs(values).max(axis=0)[None],
         histogram=counts.sum(axis=0)[None].astype(float),
         by_channel=counts.astype(float),
@@ -134,6 +136,20 @@ def test_the_histogram_of_divided_channels_is_that_of_the_divided_tensor() -> No
     centres = np.log2(np.maximum(edges()[:-1], 2.0**LOW))
     assert told.sum() == made.sum()
     assert told @ centres == pytest.approx(made @ centres, rel=0.02)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_an_interval_reaches_from_the_smallest_number_to_the_largest_and_holds_zero(divided: bool) -> None:
+    values = np.random.default_rng(5).uniform(-1, 3, (500, 4)).astype(np.float32) + np.arange(4, dtype=np.float32)
+    divisors = np.array([1.0, 2.0, 4.0, 0.5]) if divided else None
+    seen = values / (1.0 if divisors is None else divisors)
+    found = statistics(values)
+    low, high = found.interval_of(Range.MIN_MAX, ZeroPoint.OWN, divisors=divisors)
+    assert (low, high) == pytest.approx((seen.min(), seen.max()), rel=1e-6)
+    assert found.interval_of(Range.MIN_MAX, ZeroPoint.CENTRE, divisors=divisors) == pytest.approx((-high, high))
+    clipped = found.interval_of(Range.MSE, ZeroPoint.OWN, divisors=divisors)
+    assert low <= clipped[0] <= 0 < clipped[1] <= high
+    assert statistics(np.abs(values) + 1).interval_of(Range.MIN_MAX, ZeroPoint.OWN)[0] == 0
 
 
 def test_block_peaks_are_the_largest_of_their_channels() -> None:

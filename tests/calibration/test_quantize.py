@@ -31,12 +31,14 @@ from lehr.calibration.configs import (
     Range,
     Rounding,
     WeightOnly,
+    ZeroPoint,
     config_from_json,
     config_to_json,
 )
 from lehr.calibration.histogram import count_by_channel
 from lehr.calibration.layers import Kind, Role, layers
 from lehr.calibration.numbers import (
+    affine,
     block_scales,
     gptq,
     nearest_integer,
@@ -209,6 +211,8 @@ def observed(model: ir.Model) -> Statistics:
             axis=axis,
             low=float(rows.min()),
             high=float(rows.max()),
+            lows=rows.min(axis=0),
+            highs=rows.max(axis=0),
             peak=np.abs(rows).max(axis=0)[None],
             histogram=counts.sum(axis=0)[None],
             by_channel=counts,
@@ -264,6 +268,8 @@ EVERY: dict[str, tuple[Config, float]] = {  # configuration -> the largest relat
     "int8, mse": (Int8(activation=Range.MSE), 0.03),
     "int8, smooth": (Int8(alphas=ALPHAS), 0.03),
     "int8, gptq": (Int8(alphas=(0.5,), rounding=Rounding.GPTQ), 0.03),
+    "int8, own zero": (Int8(zero=ZeroPoint.OWN), 0.03),
+    "int8, own zero, all": (Int8(zero=ZeroPoint.OWN, alphas=ALPHAS, rounding=Rounding.GPTQ), 0.03),
     "weights int8": (WeightOnly(), 0.015),
     "weights int8, blocks": (WeightOnly(block=16), 0.01),
     "weights int4": (WeightOnly(format=Format.INT4), 0.15),
@@ -318,7 +324,7 @@ def test_first_and_last_layers_have_their_roles_and_stay_as_they_are(
     (tmp_path / "roles").mkdir()
     found = {layer.name: layer for layer in layers(network(tmp_path / "roles"), {"b": 2})}
     assert found["net.h0/Conv"].roles == {Role.FIRST}
-    assert found["net.y/Conv"].roles == {Role.LAST}
+    assert found["net.y/Conv"].roles == {Role.LAST, Role.POINTWISE}
     assert found["net.h2/Conv"].macs == 2 * 64 * 32 * 32 * 9
     assert found["net.a/Attention"].inputs == ("qh", "rh", "rh")
     path, _ = make(Int8(), keep=frozenset(Role))
@@ -338,6 +344,54 @@ def test_unsigned_activations_compute_the_same_and_run_in_integers(
     assert {node.outputs[0].dtype for node in quantisers} == {ir.DataType.UINT8}
     fused = run(shifted, inputs(), fused=True)
     assert np.allclose(fused, run(path, inputs()), atol=0.05)
+
+
+def test_a_zero_point_of_its_own_halves_what_rounding_one_sided_numbers_adds(
+    make: Callable[..., tuple[Path, ir.Model]], tmp_path: Path
+) -> None:
+    """Of the second convolution's inputs, which are a Relu's results."""
+    (tmp_path / "wide").mkdir()
+    exact = fed_to_the_second_convolution(network(tmp_path / "wide"), "h1", tmp_path / "wide" / "fed.onnx")
+    errors = []
+    for k, zero in enumerate((ZeroPoint.CENTRE, ZeroPoint.OWN)):
+        path, _ = make(Int8(zero=zero), folder=f"q{k}", keep=frozenset({Role.FIRST}))
+        model = ir.load(path)
+        read = next(node for node in model.graph if node.name == "net.h2/Conv").inputs[0]
+        rounded = fed_to_the_second_convolution(model, str(read.name), path.parent / "fed.onnx")
+        assert np.all(rounded[exact == 0] == 0)  # so that padding with zeros stays what it is
+        errors.append(float(np.abs(rounded - exact).max()))
+    assert errors[1] < 0.52 * errors[0]
+
+
+def fed_to_the_second_convolution(model: ir.Model, name: str, place: Path) -> np.ndarray:
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    model.graph.outputs[:] = [values[name]]
+    ir.save(model, place)
+    return run(place, inputs())
+
+
+def test_a_zero_point_of_its_own_computes_the_same_unsigned(
+    make: Callable[..., tuple[Path, ir.Model]], tmp_path: Path
+) -> None:
+    path, _ = make(Int8(zero=ZeroPoint.OWN))
+    model = ir.load(path)
+    shift_activations(model)
+    (tmp_path / "u8").mkdir()
+    shifted = write_graph(model, tmp_path / "u8", "step.onnx")
+    assert np.array_equal(run(path, inputs()), run(shifted, inputs()))
+    zeros = [n.inputs[2].const_value.numpy() for n in ir.load(shifted).graph if n.op_type == "QuantizeLinear"]
+    assert {zero.dtype for zero in zeros} == {np.dtype(np.uint8)}
+    assert {int(zero) for zero in zeros} - {128}
+
+
+@given(st.floats(-300, 0, width=32), st.floats(0, 300, width=32))
+def test_an_interval_is_represented_to_half_a_step_and_zero_exactly(low: float, high: float) -> None:
+    scale, zero = affine(low, high)
+    step = float(scale)
+    assert -128 <= zero <= 127
+    assert (-128 - zero) * step <= low + 0.51 * step
+    assert (127 - zero) * step >= high - 0.51 * step
+    assert step <= max((high - low) / 255 * 1.008, 2.0**-24) + 2.0**-24
 
 
 def test_nvfp4_is_emulated_by_the_numbers_that_it_stands_for(

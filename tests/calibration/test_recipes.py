@@ -14,6 +14,7 @@ from lehr.calibration.configs import (
     Keep,
     Rounding,
     WeightOnly,
+    ZeroPoint,
     config_from_json,
     config_to_json,
     formats_of,
@@ -113,6 +114,7 @@ def test_a_mixture_asks_for_what_its_layers_need() -> None:
     assert (made.weights, made.arithmetic, made.others) == (Format.INT8, Format.INT8, (Format.INT4,))
     assert made.formats == {Format.INT8, Format.INT4, Format.FP32}
     assert mixed_recipe("m", {"a": Float8(), "b": Int8()}, psnr_db=1, rel_error=1).others == (Format.INT8,)
+    assert mixed_recipe("m", {"a": Int8(zero=ZeroPoint.OWN)}, psnr_db=1, rel_error=1).others == (Format.UINT8,)
     with pytest.raises(InvalidInput, match="quantises no layer"):
         mixed_recipe("m", {"a": Keep()}, psnr_db=1, rel_error=1)
 
@@ -139,6 +141,14 @@ def test_eight_bit_integers_build_everywhere_that_has_a_builder_for_them() -> No
     assert fitting(target("cpu"), recipe("fp8")) == ("onnxruntime",)
     assert set(fitting(target("rtx-50"), recipe("nvfp4"))) == {"tensorrt_rtx"}
     assert not fitting(target("rtx-40"), recipe("nvfp4"))
+
+
+def test_zero_points_of_activations_are_built_on_processors_only() -> None:
+    assert fitting(target("cpu"), recipe("int8-asym")) == ("onnxruntime", "openvino")
+    for found in targets().values():
+        if found.sm:
+            with pytest.raises(InvalidInput, match=r"no uint8.*--recipe int8"):
+                found.check(recipe("int8-asym"))
 
 
 def test_a_library_without_the_format_is_refused_with_one_that_has_it() -> None:

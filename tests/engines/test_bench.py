@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -132,6 +133,22 @@ def test_bench_measures_the_engines_of_a_bundle(dit_bundle, tmp_path, capsys):
     assert row["engine_mb"] > 5
     assert row["roofline"]["gflop"] == pytest.approx(2 * 0.124, rel=0.01)
     assert data["reference"] == "golden data"
+
+
+def test_a_precision_schedule_is_measured_with_the_recipes_of_its_ends(dit_bundle, tmp_path, capsys):
+    bundle = shutil.copytree(dit_bundle, tmp_path / "d.lehr")
+    assert lehr("audit", bundle) == 0
+    assert lehr("calibrate", bundle, "--recipe", "fp32", "--last", "2:fp16", "--name", "late") == 0
+    assert lehr("build", bundle, "--recipe", "late", "--library", "onnxruntime") == 0
+    capsys.readouterr()
+    words = ["bench", bundle, "--recipe", "late", "--recipe", "fp32", "--steps", "4", "--seconds", "0", "--json"]
+    assert lehr(*words) == 0
+    late, plain = json.loads(capsys.readouterr().out)["rows"]
+    assert (late["name"], late["reason"]) == ("lehr late onnxruntime", "")
+    assert 40 < late["sqnr_db"] < 90 < plain["sqnr_db"]  # the worst step is one in fp16
+    assert late["bytes"] > 1.3 * plain["bytes"]  # weights of both
+    assert late["loop_s"] > late["step_ms"] / 1000
+    assert late["roofline"]["gflop"] == plain["roofline"]["gflop"]
 
 
 @pytest.mark.parametrize(

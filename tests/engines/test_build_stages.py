@@ -87,7 +87,7 @@ def test_the_audit_is_what_keeps_fp16_finite(stage_bundle, tmp_path, monkeypatch
     opened = Bundle.open(stage_bundle)
     if not audited:
         monkeypatch.setattr(building, "audited_stage", lambda *_: frozenset())
-    graph = building._lowered(opened, DECODER, target("h100"), recipe("fp16"), FP16, tmp_path)
+    graph = building._lowered(opened, DECODER, target("h100"), "tensorrt", recipe("fp16"), FP16, tmp_path)
     with np.errstate(all="ignore"):
         # ONNX Runtime rounds nothing between two operators that it computes in float32; the reference does.
         (made,) = ReferenceEvaluator(onnx.load(graph)).run(None, dict(read_stage_golden(opened, DECODER).inputs))
@@ -96,7 +96,7 @@ def test_the_audit_is_what_keeps_fp16_finite(stage_bundle, tmp_path, monkeypatch
 
 def test_a_text_encoder_in_fp16_attends_in_fp16_under_a_mask_that_fp16_cannot_hold(stage_bundle, tmp_path):
     opened = Bundle.open(stage_bundle)
-    graph = building._lowered(opened, ENCODER, target("h100"), recipe("fp16"), FP16, tmp_path)
+    graph = building._lowered(opened, ENCODER, target("h100"), "tensorrt", recipe("fp16"), FP16, tmp_path)
     (attention,) = (node for node in onnx.load(graph).graph.node if node.op_type == "Attention")
     golden = read_stage_golden(opened, ENCODER)
     shapes = onnx.shape_inference.infer_shapes(onnx.load(graph)).graph
@@ -146,7 +146,7 @@ def test_a_stage_that_was_never_audited_is_refused_in_fp16_and_built_in_bf16(una
     with pytest.raises(InvalidInput, match=r"without golden data.*--stage-recipe vae_decoder=bf16"):
         build_stage(unaudited, DECODER, target("cpu"), recipe("fp16"), threads=1)
     opened = Bundle.open(unaudited)
-    graph = building._lowered(opened, DECODER, target("h100"), recipe("bf16"), BF16, tmp_path)
+    graph = building._lowered(opened, DECODER, target("h100"), "tensorrt", recipe("bf16"), BF16, tmp_path)
     kinds = {tensor.data_type for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in kinds
     record = build_stage(unaudited, DECODER, target("cpu"), recipe("fp32"), library="onnxruntime", threads=1)
@@ -158,7 +158,7 @@ def test_an_audit_of_other_golden_data_is_refused(bundle):
     with opened.edit() as edit:
         edit.add_bytes("stages/vae_decoder/golden.npz", b"other")
     with pytest.raises(InvalidInput, match=r"golden\.npz has changed since stages/vae_decoder/ranges\.json was made"):
-        audited_stage(Bundle.open(bundle), DECODER, recipe("fp16"))
+        audited_stage(Bundle.open(bundle), DECODER, Format.FP16)
 
 
 @pytest.mark.parametrize(
@@ -177,20 +177,13 @@ def test_a_damaged_audit_is_refused(bundle, reads, damage):
     with opened.edit() as edit:
         edit.add_json(name, {**opened.read_json(name), **damage})
     with pytest.raises(BundleError, match="is damaged"):
-        reads(Bundle.open(bundle), DECODER, recipe("fp16"))
+        reads(Bundle.open(bundle), DECODER, Format.FP16)
 
 
 def test_products_that_leave_fp16_are_refused_where_there_is_nothing_else(stage_bundle, tmp_path):
     opened = Bundle.open(stage_bundle)
     with pytest.raises(InvalidInput, match=r"1 products of stage 'vae_decoder' leave its range, 'conv_in/Conv' first"):
-        building._lowered(opened, DECODER, target("rtx-20"), recipe("fp16"), FP16, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["int8", "int8-weight", "fp8"])
-def test_stages_are_not_quantised(stage_bundle, name):
-    for build in (build_stage, build_stage_kit):
-        with pytest.raises(InvalidInput, match="stages are not quantised"):
-            build(stage_bundle, DECODER, target("cpu"), recipe(name))
+        building._lowered(opened, DECODER, target("rtx-20"), "tensorrt", recipe("fp16"), FP16, tmp_path)
 
 
 def test_an_unknown_stage_is_refused(stage_bundle):

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lehr.engines import openvino_cpu
 from lehr.engines.builders import builder, builder_for, candidates, fitting
+from lehr.engines.job import Job
 from lehr.engines.target import target, targets
 from lehr.runtime import host
 from lehr.runtime.backends import backend, backends
@@ -122,7 +123,16 @@ def reference(graph):
 
 
 def built(graph: Path, folder: Path, library: str, recipe_name: str, *, name: str = "step", threads: int = 1):
-    return builder(library).build(graph, feeds(), folder, name=name, recipe=recipe(recipe_name), threads=threads)
+    job = Job(
+        name=name,
+        graph=graph,
+        recipe=recipe(recipe_name),
+        target=target("cpu"),
+        library=library,
+        feeds=feeds(),
+        threads=threads,
+    )
+    return builder(library).build(job, folder)
 
 
 @pytest.fixture(scope="module")

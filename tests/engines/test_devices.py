@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lehr import cli
 from lehr.engines import onnxruntime_cuda
 from lehr.engines.builders import buildable, builder, candidates
+from lehr.engines.job import Job
 from lehr.engines.onnxruntime_cpu import optimise
 from lehr.engines.onnxruntime_cuda import check_placement
 from lehr.engines.ranges import input_ranges, narrow_ranges, narrow_sizes
@@ -64,11 +65,17 @@ def graph(tmp_path_factory) -> Path:
 
 FEEDS = {"x": np.random.default_rng(1).standard_normal((2, 8, 16)).astype(np.float32)}
 
+
+def job(graph: Path, **given) -> Job:
+    known = {"recipe": recipe("fp32"), "target": target("cpu"), "library": "onnxruntime", "threads": 1}
+    return Job(name="step", graph=graph, feeds=FEEDS, **{**known, **given})
+
+
 # ---------------------------------------------------------------------------------------------------- ONNX Runtime
 
 
 def test_group_norms_are_taken_apart_for_the_processor_and_the_engine_computes_the_same(graph, tmp_path):
-    plan = builder("onnxruntime").build(graph, FEEDS, tmp_path, name="step", recipe=recipe("fp32"), threads=1)
+    plan = builder("onnxruntime").build(job(graph), tmp_path)
     assert plan.options["in_pieces"] == ["GroupNormalization"]
     assert "InstanceNormalization" in plan.operators
     (expected,) = ort.InferenceSession(graph, providers=[CPU]).run(None, FEEDS)
@@ -80,7 +87,7 @@ def test_without_onnxs_own_tools_the_graph_stays_whole(graph, tmp_path, monkeypa
     from lehr.engines import onnxruntime_cpu
 
     monkeypatch.setattr(onnxruntime_cpu.importlib.util, "find_spec", lambda name: None)
-    plan = builder("onnxruntime").build(graph, FEEDS, tmp_path, name="step", recipe=recipe("fp32"), threads=1)
+    plan = builder("onnxruntime").build(job(graph), tmp_path)
     assert plan.options["in_pieces"] == []
 
 
@@ -100,9 +107,9 @@ def test_without_its_cuda_provider_onnxruntime_is_named_with_the_way_to_get_it(d
 def test_a_machine_without_a_gpu_builds_nothing_for_cuda(graph, tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime_cuda.host, "gpu_compute_capability", lambda: None)
     with pytest.raises(IncompatibleEngine, match="there is no NVIDIA GPU"):
-        onnxruntime_cuda.build(graph, FEEDS, tmp_path, name="step", recipe=recipe("fp32"), threads=1)
+        onnxruntime_cuda.build(job(graph, recipe=recipe("fp32")), tmp_path)
     with pytest.raises(BuildFailed, match="no bf16 kernels"):
-        onnxruntime_cuda.build(graph, FEEDS, tmp_path, name="step", recipe=recipe("bf16"), threads=1)
+        onnxruntime_cuda.build(job(graph, recipe=recipe("bf16")), tmp_path)
 
 
 def test_a_provider_that_does_not_load_is_an_error_and_no_fall_back(graph, monkeypatch):
@@ -121,13 +128,7 @@ def test_a_provider_that_does_not_load_is_an_error_and_no_fall_back(graph, monke
 
 
 def test_operators_that_would_run_on_the_processor_are_refused_by_name(graph, tmp_path):
-    plan, placement = optimise(
-        graph,
-        FEEDS,
-        tmp_path,
-        name="step",
-        options={"intra_op_threads": 1, "spinning": False},
-    )
+    plan, placement = optimise(job(graph), tmp_path, {"intra_op_threads": 1, "spinning": False})
     assert set(placement) == {CPU}
     check_placement(placement, CPU, "step.onnx")
     with pytest.raises(BuildFailed, match=r"would compute .*1 InstanceNormalization, 1 MatMul.* of step\.onnx on the"):
@@ -168,15 +169,8 @@ def test_an_engine_of_a_device_that_is_not_here_is_not_loaded(tmp_path):
 
 def test_an_engine_made_for_throughput_answers_several_calls_at_the_same_time(graph, tmp_path):
     pytest.importorskip("openvino")
-    plan = builder("openvino").build(
-        graph,
-        FEEDS,
-        tmp_path,
-        name="step",
-        recipe=recipe("fp32"),
-        threads=2,
-        settings=Settings(mode=Mode.THROUGHPUT),
-    )
+    asked = job(graph, library="openvino", threads=2, settings=Settings(mode=Mode.THROUGHPUT))
+    plan = builder("openvino").build(asked, tmp_path)
     assert plan.options["mode"] == "throughput"
     session = backend("openvino").load(tmp_path / plan.file, plan.options)
     inputs = [{"x": np.random.default_rng(k).standard_normal((2, 8, 16)).astype(np.float32)} for k in range(8)]

@@ -45,7 +45,7 @@ _spec.loader.exec_module(small)
 
 _LEVELS = ("channel_mult", "block_out_channels", "transformer_depth")
 # Of the same operators as latent_unet, dit, pixart or flux.
-_LIKE_ANOTHER = {"gaussian_dit", "hunyuan_dit", "sdxl", "single_stream", "sit", "spacetime_dit", "transfusion"}
+_LIKE_ANOTHER = {"gaussian_dit", "hunyuan_dit", "sdxl", "single_stream", "sit", "spacetime_dit", "transfusion", "uvit"}
 
 
 def two_levels(params: Any) -> Any:

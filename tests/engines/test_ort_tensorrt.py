@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lehr.engines import onnxruntime_tensorrt
 from lehr.engines.builders import TargetBuilder, buildable, builder, candidates
+from lehr.engines.job import Job
 from lehr.engines.ranges import InputRange
 from lehr.engines.settings import Compatible, Settings, StoredWeights
 from lehr.engines.target import target
@@ -127,7 +128,8 @@ def build(graph: Path, folder: Path, name: str = "fp32", **more: Any) -> Plan:
     made = builder(NAME)
     assert isinstance(made, TargetBuilder)
     given: dict[str, Any] = {"target": target("h100"), "ranges": RANGES, "threads": 1, **more}
-    return made.build_for(graph, folder, name="step", recipe=recipe(name), progress=lambda _: None, **given)
+    job = Job(name="step", graph=graph, recipe=recipe(name), library=NAME, **given)
+    return made.build_for(job, folder, lambda _: None)
 
 
 def test_the_plan_is_asked_for_with_its_sizes_and_loads_without_them(

@@ -23,6 +23,7 @@ from lehr.engines.builders import TargetBuilder, builder, candidates
 from lehr.engines.graph.lowering.half import write_half
 from lehr.engines.graph.lowering.products import PRODUCTS
 from lehr.engines.graph.tensor_file import SafetensorsFile, TensorInfo, write_safetensors
+from lehr.engines.job import Job
 from lehr.engines.ranges import MAX_BATCH, InputRange, input_ranges, limits
 from lehr.engines.settings import Compatible, Settings, StoredWeights, Weights
 from lehr.engines.target import Target, target
@@ -101,17 +102,17 @@ def made(
     family, graph: Path, folder: Path, *, name="rtx-40", recipe_name="fp32", ranges=RANGES, said=None, **more
 ) -> Plan:
     folder.mkdir(exist_ok=True)
-    return family.build_for(
-        graph,
-        folder,
+    job = Job(
         name="step",
+        graph=graph,
         recipe=recipe(recipe_name),
         target=target(name) if isinstance(name, str) else name,
+        library=family.module,
         ranges=ranges,
         threads=2,
-        progress=(said if said is not None else []).append,
         **more,
     )
+    return family.build_for(job, folder, (said if said is not None else []).append)
 
 
 def lehr(*arguments: object) -> int:

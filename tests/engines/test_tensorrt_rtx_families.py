@@ -14,6 +14,7 @@ import pytest
 from lehr.engines.graph.lowering.half import write_half
 from lehr.engines.graph.split import split
 from lehr.engines.graph.weights import bind_weights, save_graph
+from lehr.engines.job import Job
 from lehr.engines.ranges import input_ranges
 from lehr.engines.target import target
 from lehr.engines.tensorrt_family import TENSORRT_RTX
@@ -54,14 +55,13 @@ def test_a_family_builds_in_fp16(family: str, tmp_path: Path) -> None:
         for gpu in ("rtx-30", "rtx-40", "rtx-50"):
             built = tmp_path / f"{name}-{gpu}"
             built.mkdir()
-            plan = TENSORRT_RTX.build_for(
-                given,
-                built,
+            job = Job(
                 name=name,
+                graph=given,
                 recipe=recipe("fp16" if name == STEP else "fp32"),
                 target=target(gpu),
+                library="tensorrt_rtx",
                 ranges=input_ranges(part.spec, spec),
-                threads=0,
-                progress=lambda text: None,
             )
+            plan = TENSORRT_RTX.build_for(job, built, lambda text: None)
             assert (built / plan.file).stat().st_size > 1000

@@ -22,6 +22,7 @@ from lehr.export.backbones import (
     single_stream,
     spacetime_dit,
     transfusion,
+    uvit,
     video_unet,
 )
 from lehr.export.backbones.preset import Preset
@@ -98,12 +99,18 @@ def _transfusion(preset: Preset) -> tuple[Any, ModelSpec]:
     return p, transfusion.spec("tiny", p, size=8)
 
 
+def _uvit(preset: Preset) -> tuple[Any, ModelSpec]:
+    p = replace(preset.params, hidden_size=24, depth=3, num_heads=3, size=4 * preset.params.patch_size)
+    return p, uvit.spec("tiny", p, path=preset.spec.path, prediction=preset.spec.prediction)
+
+
 TINY: dict[str, Callable[[Preset], tuple[Any, ModelSpec]]] = {
     "gaussian_dit": _gaussian_dit,
     "hunyuan_dit": _hunyuan_dit,
     "single_stream": _single_stream,
     "spacetime_dit": _spacetime_dit,
     "transfusion": _transfusion,
+    "uvit": _uvit,
     "video_unet": _video_unet,
 }
 

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lehr.engines.builders import builder, candidates, fitting
 from lehr.engines.graph.lowering.half import write_half
+from lehr.engines.job import Job
 from lehr.engines.settings import Mode, Settings
 from lehr.engines.target import target
 from lehr.export import aoti
@@ -139,12 +140,17 @@ def test_without_pytorch_the_message_says_what_to_install(monkeypatch):
             find("aotinductor")
 
 
+def job(graph: Path, name: str, **given) -> Job:
+    known = {"target": target("cpu"), "library": aoti.NAME, "feeds": feeds(), "threads": 1}
+    return Job(name="step", graph=graph, recipe=recipe(name), **known, **given)
+
+
 @pytest.fixture(scope="module")
 def engine(graph, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("there is no g++ here")
     folder = tmp_path_factory.mktemp("aoti")
-    plan = aoti.CPU.build(graph, feeds(), folder, name="step", recipe=recipe("fp32"), threads=1)
+    plan = aoti.CPU.build(job(graph, "fp32"), folder)
     return plan, folder / plan.file, aoti.BACKEND.load(folder / plan.file, plan.options)
 
 
@@ -199,17 +205,17 @@ def test_a_damaged_package_and_one_of_a_gpu_that_is_not_here_are_refused(engine,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_built_for_one(graph, tmp_path):
     with pytest.raises(IncompatibleEngine, match="PyTorch finds no NVIDIA GPU"):
-        aoti.CUDA.build(graph, feeds(), tmp_path, name="step", recipe=recipe("fp32"), threads=1)
+        aoti.CUDA.build(job(graph, "fp32"), tmp_path)
 
 
 def test_without_a_compiler_and_with_a_useless_setting_the_build_is_refused(graph, tmp_path, monkeypatch):
     settings = Settings(mode=Mode.THROUGHPUT)
     with pytest.raises(InvalidInput, match="no use for --mode"):
-        aoti.CPU.build(graph, feeds(), tmp_path, name="s", recipe=recipe("fp32"), threads=1, settings=settings)
+        aoti.CPU.build(job(graph, "fp32", settings=settings), tmp_path)
     monkeypatch.setattr(aoti.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BuildFailed, match="needs a C\\+\\+ compiler"):
-        aoti.CPU.build(graph, feeds(), tmp_path, name="s", recipe=recipe("fp32"), threads=1)
+        aoti.CPU.build(job(graph, "fp32"), tmp_path)
 
 
 @compiler
@@ -218,7 +224,7 @@ def test_half_precision_is_the_graphs_own(graph, reference, tmp_path):
     folder = tmp_path / "half"
     folder.mkdir()
     half = write_half(graph, folder, keep_high=())
-    plan = aoti.CPU.build(half, feeds(), tmp_path, name="step", recipe=recipe("fp16"), threads=1)
+    plan = aoti.CPU.build(job(half, "fp16"), tmp_path)
     assert plan.achieved_precision["float16"] > 0.5
     got = aoti.BACKEND.load(tmp_path / plan.file, plan.options).run(feeds())["y"]
     assert 1e-6 < np.abs(got - reference(feeds())).max() < 0.05

@@ -26,7 +26,6 @@ from lehr.export.backbones._splat_renderer import (
     RenderParams,
     SplatRenderer,
     example_feeds,
-    look_at,
     stage_spec,
 )
 from lehr.export.backbones.gaussian_dit import GaussianDiT, Params
@@ -35,6 +34,7 @@ from lehr.export.weights import TorchModuleSource
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.recipe import recipe
 from lehr.runtime.stages import Stages
+from lehr.runtime.views import look_at
 
 PARAMS = Params(hidden_size=24, depth=2, num_heads=3, context_dim=12)
 

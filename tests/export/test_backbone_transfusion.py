@@ -124,17 +124,18 @@ def test_an_export_computes_the_same_at_shapes_it_was_not_traced_at(tmp_path: Pa
 
 
 def test_presets_have_the_sizes_of_the_paper() -> None:
-    counts = {}
-    for name in ("transfusion-0.16b", "transfusion-7b"):
+    names = [name for name, preset in presets().items() if preset.spec.family == "transfusion"]
+    assert len(names) == 5
+    for name in names:
         with torch.device("meta"):
             module = presets()[name].module()
         head = module.embed_tokens.weight.numel()  # the language head, which the denoiser does without
-        counts[name] = (sum(p.numel() for p in module.parameters()) + head) / 1e9
+        count = (sum(p.numel() for p in module.parameters()) + head) / 1e9
+        called = float(name.removeprefix("transfusion-").removesuffix("b"))
+        assert count == pytest.approx(called, rel=0.04), name  # 7B is Llama's 6.74
         assert [tensor.name for tensor in presets()[name].spec.inputs] == list(
             inspect.signature(module.forward).parameters
         )
-    assert counts["transfusion-0.16b"] == pytest.approx(0.16, abs=0.005)
-    assert counts["transfusion-7b"] == pytest.approx(6.75, abs=0.01)  # Llama's 6.74 and what a picture needs
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

@@ -132,7 +132,7 @@ def test_the_pipeline_draws_what_the_training_code_draws(found, eager):
             both = torch.cat([x, x])
             flow = model(both, torch.full((2,), 1000 * sigmas[k], dtype=torch.float32), ids, mask)
             wanted, without = flow.chunk(2)
-            x = x + (sigmas[k + 1] - sigmas[k]) * (without + 4.0 * (wanted - without))
+            x = x + (sigmas[k + 1] - sigmas[k]) * (without + 2.0 * (wanted - without))
     np.testing.assert_allclose(latents, x.numpy(), atol=2e-4)
 
 

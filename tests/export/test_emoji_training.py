@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lehr.export.backbones import pixart
-from lehr.export.reference.emoji import captions, data, denoiser, features, text, text_encoder, vae
+from lehr.export.reference.emoji import captions, data, denoiser, features, text, text_encoder, text_training, vae
 from lehr.export.reference.emoji.data import Emoji
 from lehr.export.reference.emoji.run import Log
 from lehr.runtime.errors import InvalidInput
@@ -34,9 +34,12 @@ EMOJI = (
     _emoji("flag: Japan", "jp flag", group=data.FLAGS),
 )
 TINY = denoiser.Settings(
-    denoiser=replace(pixart.EMOJI, hidden_size=32, depth=2, num_heads=2, caption_channels=32),
-    text=text_encoder.Params(vocabulary=300, longest=32, hidden_size=32, depth=1, num_heads=2),
+    denoiser=replace(
+        pixart.EMOJI, hidden_size=32, depth=2, num_heads=2, caption_channels=32, pooled_dim=32, draft_dim=64
+    ),
+    text=text_encoder.Params(vocabulary=300, longest=32, hidden_size=32, depth=1, num_heads=2, memory=5),
     batch=4,
+    steps=8,
 )
 
 
@@ -142,8 +145,8 @@ def test_padding_does_not_change_the_text_features(tokenizer_file: Path) -> None
     tokenizer, encoder = text.load_tokenizer(tokenizer_file), text_encoder.TextEncoder(TINY.text)
     ids, mask = text.tokens(tokenizer, ["Red APPLE"], multiple=1)
     wide_ids, wide_mask = text.tokens(tokenizer, ["red apple"], multiple=16)
-    features_, mean = encoder(ids, mask)
-    wide, wide_mean = encoder(wide_ids, wide_mask)
+    features_, mean = encoder.embed(ids, mask)
+    wide, wide_mean = encoder.embed(wide_ids, wide_mask)
     assert wide.shape[1] > features_.shape[1]
     torch.testing.assert_close(wide[:, : ids.shape[1]], features_)
     torch.testing.assert_close(wide_mean, mean)
@@ -184,6 +187,61 @@ def test_a_picture_ranks_first_for_itself_and_a_twin_does_not_count() -> None:
 # -------------------------------------------------------------------------------------------------- training
 
 
+def _words() -> text_training.Matcher:
+    torch.manual_seed(3)
+    return text_training.Matcher(TINY.text, TINY.denoiser, len(EMOJI), text_training.Settings())
+
+
+def test_the_text_encoder_learns_what_captions_are_of_and_what_that_looks_like(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    latents = torch.randn(len(EMOJI), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokenizer = text.load_tokenizer(tokenizer_file)
+
+    def train(seconds: float) -> text_training.Matcher:
+        log = Log(path=tmp_path / "log.txt", stage="text")
+        return text_training.train(
+            latents, EMOJI, tokenizer, (TINY.text, TINY.denoiser), tmp_path, log, seconds,
+            text_training.Settings(batch=16, warmup=5),
+        )  # fmt: skip
+
+    matcher = train(3.0)
+    assert "held-out" in (tmp_path / "log.txt").read_text()
+    ids, mask = text.tokens(tokenizer, ["food that is red", "my pet dog", "dark skin tone hello", "japan flag"])
+    with torch.no_grad():
+        logits, draft = matcher(ids, mask)
+    assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3]
+    assert (draft - latents).square().mean() < 0.5 * latents.square().mean()
+    memory = matcher.encoder.memory
+    torch.testing.assert_close(memory.square().mean(dim=1), torch.ones(len(EMOJI) + 1))
+    with torch.no_grad():
+        recalled = matcher.encoder(*text.tokens(tokenizer, ["food that is red", ""]))[1]
+    nearest = (recalled @ memory.T).argmax(dim=1)
+    assert nearest.tolist() == [0, len(EMOJI)], "the last row is the empty text's"
+    again = train(1e9)  # what is done is not done again
+    for key, value in matcher.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
+
+
+def test_noise_on_pooled_features_keeps_their_length_and_goes_up_to_its_limit() -> None:
+    pooled = torch.nn.functional.rms_norm(torch.randn(4000, 64), (64,))
+    noisy = denoiser.blurred(pooled, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noisy.square().mean(dim=1), torch.ones(4000), atol=1e-3, rtol=0)
+    cosine = (noisy * pooled).mean(dim=1)
+    least = 1 / (1 + denoiser.BLUR**2) ** 0.5  # of noise at its limit, in many dimensions
+    assert cosine.max() > 0.999
+    assert 0.6 * least < cosine.min() < least
+
+
+def test_the_learning_rate_warms_up_holds_and_falls_to_nothing() -> None:
+    settings = replace(TINY, steps=1000, warmup=100, decay=0.25)
+    rates = [denoiser.rate(step, settings) for step in range(1000)]
+    assert rates[49] == 0.5
+    assert set(rates[100:750]) == {1.0}
+    assert rates[875] == 0.5
+    assert 0 < rates[999] < 0.01
+
+
 def _train(folder: Path, tokenizer_file: Path, latents: Tensor, steps: int) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
     shown: list[int] = []
@@ -191,6 +249,7 @@ def _train(folder: Path, tokenizer_file: Path, latents: Tensor, steps: int) -> d
         latents,
         EMOJI,
         text.load_tokenizer(tokenizer_file),
+        _words(),
         folder,
         Log(path=folder / "log.txt", stage="test"),
         TINY,

@@ -146,6 +146,8 @@ def test_the_limit_follows_from_eagers_own_pictures(dit_bundle, half, brain):
     assert picture_limit(opened, golden, "fp32") == FP32_PSNR_DB
     assert picture_limit(opened, golden, "fp16") == min(FP32_PSNR_DB, half - 20)
     assert picture_limit(opened, golden, "int8-sq") == 26.0
+    assert picture_limit(opened, golden, "fp32", {"text_encoder": "int8-weight", "vae_decoder": "fp32"}) == 38.0
+    assert picture_limit(opened, golden, "int8-sq", {"vae_decoder": "bf16"}) == min(26.0, brain - 20)
     overflows = replace(golden, floors={"bf16": brain})
     assert picture_limit(opened, overflows, "fp16") == min(FP32_PSNR_DB, brain)
     assert picture_limit(opened, overflows, "bf16") == min(FP32_PSNR_DB, brain - 20)

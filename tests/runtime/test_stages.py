@@ -21,6 +21,7 @@ from lehr.runtime.manifest import WITHOUT_STAGES
 from lehr.runtime.pack import pack, unpack
 from lehr.runtime.parity import relative_error
 from lehr.runtime.pipeline_spec import PipelineSpec, TokenizerSpec
+from lehr.runtime.recipe import recipe
 from lehr.runtime.spec import BATCH, TensorSpec, Varies
 from lehr.runtime.stage import PICTURES_AT_ONCE, StageKind, StageSpec
 from lehr.runtime.stage_golden import StageGolden, read_stage_golden, write_stage_golden
@@ -259,18 +260,18 @@ def test_limits_follow_from_eagers_own_error(half, brain, factor):
     """fp16 where eager overflows may err as eager does in bf16; fp32 has an absolute limit; stated losses hold."""
     both = StageGolden(inputs={}, outputs={}, floors={"fp16": {"a": half}, "bf16": {"a": brain}})
     tolerance = Tolerance(factor=factor)
-    assert stage_limit(both, "fp16", "a", tolerance) == max(factor * half, FP32_REL_ERROR)
-    assert stage_limit(both, "bf16", "a") == max(FLOOR_FACTOR * brain, FP32_REL_ERROR)
-    assert stage_limit(both, "fp32", "a") == FP32_REL_ERROR
-    assert stage_limit(both, "int8-weight", "a") == 0.03
+    assert stage_limit(both, recipe("fp16"), "a", tolerance) == max(factor * half, FP32_REL_ERROR)
+    assert stage_limit(both, recipe("bf16"), "a") == max(FLOOR_FACTOR * brain, FP32_REL_ERROR)
+    assert stage_limit(both, recipe("fp32"), "a") == FP32_REL_ERROR
+    assert stage_limit(both, recipe("int8-weight"), "a") == 0.03
     overflows = StageGolden(inputs={}, outputs={}, floors={"bf16": {"a": brain}})
-    assert stage_limit(overflows, "fp16", "a", tolerance) == max(brain, FP32_REL_ERROR)
-    assert stage_limit(StageGolden(inputs={}, outputs={}), "fp16", "a") == FP32_REL_ERROR
+    assert stage_limit(overflows, recipe("fp16"), "a", tolerance) == max(brain, FP32_REL_ERROR)
+    assert stage_limit(StageGolden(inputs={}, outputs={}), recipe("fp16"), "a") == FP32_REL_ERROR
 
 
 def test_the_worst_output_is_the_one_nearest_to_its_own_limit():
     golden = StageGolden(inputs={}, outputs={}, floors={"bf16": {"coarse": 0.1, "fine": 1e-4}})
-    assert worst_output({"coarse": 0.5, "fine": 9e-4}, golden, "bf16") == ("fine", pytest.approx(1e-3))
+    assert worst_output({"coarse": 0.5, "fine": 9e-4}, golden, recipe("bf16")) == ("fine", pytest.approx(1e-3))
 
 
 @pytest.mark.parametrize("gone", ["input.latent_sample", "output.sample", "floor.bf16.sample"])

@@ -59,9 +59,9 @@ def words(text: str) -> str:
     return " ".join(word for word in re.findall(r"[\w&+#*'’.-]+", text.lower()) if word not in ("a", "an", "the"))
 
 
-def draw(emoji: Emoji, rng: random.Random) -> str:
-    """A training caption of ``emoji``; empty for one in ten. Never a held-out prompt."""
-    if rng.random() < EMPTY_SHARE:
+def draw(emoji: Emoji, rng: random.Random, *, empty_share: float = EMPTY_SHARE) -> str:
+    """A training caption of ``emoji``; empty for one in ten or ``empty_share``. Never a held-out prompt."""
+    if rng.random() < empty_share:
         return ""
     caption = _draw(emoji, rng)
     while words(caption) in forbidden():

@@ -19,7 +19,7 @@ import click
 import torch
 from safetensors.torch import save as as_bytes
 
-from lehr.export.reference.emoji import data, denoiser, vae
+from lehr.export.reference.emoji import data, denoiser, text_training, vae
 from lehr.runtime.errors import InvalidInput
 
 WEIGHTS = {  # in the run -> in the package
@@ -82,6 +82,7 @@ def record(run: Path, weights: Path) -> dict[str, Any]:
     settings = denoiser.Settings()
     return {
         "schedule": {name: value for name, value in asdict(settings).items() if name not in ("denoiser", "text")},
+        "text_schedule": asdict(text_training.Settings()),
         "denoiser": asdict(settings.denoiser),
         "text_encoder": asdict(settings.text),
         "autoencoder": asdict(vae.PARAMS),
@@ -114,7 +115,7 @@ def ship(run: Path, weights: Path, features: Path | None) -> None:
     """
     missing = [name for name in WEIGHTS if not (run / name).is_file()]
     if missing:
-        raise InvalidInput(f"{run} has no {missing[0]} yet; the denoiser's training writes it every 20 minutes.")
+        raise InvalidInput(f"{run} has no {missing[0]} yet; the denoiser's training writes it every 10 minutes.")
     for source, name in WEIGHTS.items():
         shutil.copyfile(run / source, weights / name)
     (weights / RECORD).write_text(json.dumps(record(run, weights), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""The text encoder of the emoji: a small bidirectional transformer with norms before its layers.
+"""The text encoder of the emoji: a small bidirectional transformer with norms before its layers, and a memory.
+
+The memory holds what captions of every picture have in common. What a text means is recalled from it by likeness (a
+modern Hopfield network's step, Ramsauer et al. 2020, arXiv:2008.02217), so that words nobody has used before end where
+the denoiser has been, or between two such places.
 
 Shape legend: B batch, M tokens, D channels.
 """
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lehr.export.backbones._layers import Mlp
 from lehr.export.backbones.dit import CrossAttention
@@ -18,7 +23,12 @@ MASKED = -10_000.0  # added to the scores of padding; finite, as in the denoiser
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Params:
-    """Architecture of the text encoder."""
+    """Architecture of the text encoder.
+
+    Attributes:
+        memory: rows of it; 3,786 pictures and the empty text.
+        sharpness: of the likeness; how much of what is recalled is the nearest row.
+    """
 
     vocabulary: int = 2048
     longest: int = 32
@@ -26,6 +36,8 @@ class Params:
     depth: int = 3
     num_heads: int = 6
     mlp_ratio: int = 2
+    memory: int = 3787
+    sharpness: float = 25.0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -52,6 +64,8 @@ class Block(nn.Module):
 class TextEncoder(nn.Module):
     """Tokens -> features; every token sees every other."""
 
+    memory: Tensor  # (R, D), each row of unit mean square
+
     def __init__(self, params: Params) -> None:
         super().__init__()
         p = self.params = params
@@ -59,6 +73,7 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(p.longest, p.hidden_size)
         self.blocks = nn.ModuleList(Block(p) for _ in range(p.depth))
         self.final_norm = nn.LayerNorm(p.hidden_size)
+        self.register_buffer("memory", torch.zeros(p.memory, p.hidden_size))
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -70,8 +85,15 @@ class TextEncoder(nn.Module):
             attention_mask: (B, M) int64, 1 for text and 0 for padding.
 
         Returns:
-            Features (B, M, D) of the tokens, and their mean over the text (B, D).
+            Features (B, M, D) of the tokens, and what their mean over the text recalls (B, D), of unit mean square.
         """
+        x, mean = self.embed(input_ids, attention_mask)
+        cosine = mean @ self.memory.T / self.params.hidden_size
+        recalled = torch.softmax(self.params.sharpness * cosine, dim=1) @ self.memory
+        return x, F.rms_norm(recalled, recalled.shape[-1:], eps=1e-6)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, M, D) of the tokens, and their mean over the text (B, D) scaled to unit mean square."""
         x = self.token_embedding(input_ids)
         x = x + self.position_embedding(torch.arange(input_ids.shape[1], device=input_ids.device))
         mask = attention_mask.to(x.dtype)
@@ -79,4 +101,5 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask_bias)
         x = self.final_norm(x)
-        return x, (x * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        # The direction alone tells what is meant; the length would tell how much the tokens agree.
+        return x, F.rms_norm((x * mask[:, :, None]).sum(dim=1), x.shape[-1:], eps=1e-6)

@@ -1,6 +1,6 @@
 """Train the emoji model: ``python -m lehr.export.reference.emoji.train --data FOLDER --out FOLDER``.
 
-One command for all of it: tokenizer, feature network, autoencoder, latents, denoiser with text encoder. Each stage
+One command for all of it: tokenizer, feature network, autoencoder, latents, text encoder, denoiser. Each stage
 writes its result into ``--out``; a run that finds one goes on behind it, and a run that was killed goes on from its
 last checkpoint, a few minutes old at most. ``log.txt`` gets a line a minute, ``sheet-STEP.png`` shows the held-out
 prompts and, under them, the compositions; ``weights`` holds what a bundle needs, in half precision.
@@ -8,6 +8,7 @@ prompts and, under them, the compositions; ``weights`` holds what a bundle needs
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -16,14 +17,23 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lehr.export.reference.emoji import captions, data, denoiser, features, text, vae
+from lehr.export.reference.emoji import captions, data, denoiser, features, text, text_training, vae
 from lehr.export.reference.emoji.run import Log, save
 
-GUIDANCE, EULER_STEPS, COLUMNS = 4.0, 20, 20  # of the contact sheet
+GUIDANCE, EULER_STEPS, COLUMNS = 2.0, 20, 20  # of the contact sheet
 
 
-def train(folder: Path, out: Path, *, steps: int, feature_minutes: float, vae_minutes: float, every: float) -> None:
-    """Run every stage that is not done."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minutes:
+    """Of a processor, for each network but the denoiser."""
+
+    features: float
+    vae: float
+    text: float
+
+
+def train(folder: Path, out: Path, *, minutes: Minutes, steps: int, every: float) -> None:
+    """Run every stage that is not done; ``every`` is the minutes between two contact sheets."""
     out.mkdir(parents=True, exist_ok=True)
     dataset = data.load(folder)
     images = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
@@ -40,12 +50,15 @@ def train(folder: Path, out: Path, *, steps: int, feature_minutes: float, vae_mi
         tokenizer = text.train_tokenizer(
             captions.texts(dataset.emoji), tokenizer_file, settings.text.vocabulary, settings.text.longest
         )
-    judge = features.train(images, out, log("features"), 60 * feature_minutes).eval()
-    autoencoder = vae.train(images, weights, out, log("vae"), 60 * vae_minutes).eval()
+    judge = features.train(images, out, log("features"), 60 * minutes.features).eval()
+    autoencoder = vae.train(images, weights, out, log("vae"), 60 * minutes.vae).eval()
     latents_file = out / "latents.pt"
     if not latents_file.exists():
         save(latents_file, {"latents": vae.encode(autoencoder, images)})
     latents: Tensor = torch.load(latents_file, weights_only=True)["latents"]
+    words = text_training.train(
+        latents, dataset.emoji, tokenizer, (settings.text, settings.denoiser), out, log("text"), 60 * minutes.text
+    )
     place = dataset.index()
     held_out, progress = captions.held_out(), log("denoiser")
     wanted = torch.tensor([place[hexcode] for hexcode, _ in held_out])
@@ -63,7 +76,9 @@ def train(folder: Path, out: Path, *, steps: int, feature_minutes: float, vae_mi
             f"in the first five in {features.share(found, 5):.0%}"
         )
 
-    denoiser.train(latents, dataset.emoji, tokenizer, out, progress, settings, steps, show=show, show_every=60 * every)
+    denoiser.train(
+        latents, dataset.emoji, tokenizer, words, out, progress, settings, steps, show=show, show_every=60 * every
+    )
 
 
 def contact_sheet(pictures: Tensor, path: Path) -> None:
@@ -90,17 +105,26 @@ def write_weights(folder: Path, parts: dict[str, tuple[nn.Module, ...]]) -> None
 @click.command(help=__doc__)
 @click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="Folder of the two archives.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of checkpoints and results.")
-@click.option("--steps", default=1_000_000, show_default=True, help="Steps of the denoiser, earlier runs counted.")
+@click.option("--steps", default=denoiser.Settings().steps, show_default=True, help="Step of the denoiser to stop at.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--feature-minutes", default=4.0, show_default=True, help="Processor minutes for the feature network.")
 @click.option("--vae-minutes", default=25.0, show_default=True, help="Processor minutes for the autoencoder.")
-@click.option("--sheet-every", default=20.0, show_default=True, help="Minutes between contact sheets.")
+@click.option("--text-minutes", default=24.0, show_default=True, help="Processor minutes for the text encoder.")
+@click.option("--sheet-every", default=10.0, show_default=True, help="Minutes between contact sheets.")
 def main(
-    folder: Path, out: Path, steps: int, threads: int, feature_minutes: float, vae_minutes: float, sheet_every: float
+    folder: Path,
+    out: Path,
+    steps: int,
+    threads: int,
+    feature_minutes: float,
+    vae_minutes: float,
+    text_minutes: float,
+    sheet_every: float,
 ) -> None:
     """Parse the command line and train."""
     torch.set_num_threads(threads)
-    train(folder, out, steps=steps, feature_minutes=feature_minutes, vae_minutes=vae_minutes, every=sheet_every)
+    minutes = Minutes(features=feature_minutes, vae=vae_minutes, text=text_minutes)
+    train(folder, out, minutes=minutes, steps=steps, every=sheet_every)
 
 
 if __name__ == "__main__":

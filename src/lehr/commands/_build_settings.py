@@ -43,6 +43,12 @@ _ADDED = (
         type=click.Choice(["latency", "throughput"]),
         help="OpenVINO: one answer soon, or many at the same time.",
     ),
+    click.option(
+        "--spinning",
+        default="auto",
+        type=click.Choice(["auto", "on", "off"]),
+        help="ONNX Runtime: threads poll while they wait; auto tries it where --library auto measures.",
+    ),
     click.option("--no-cache", is_flag=True, help="Build anew, and keep nothing in the user's cache."),
 )
 
@@ -64,10 +70,11 @@ def settings(
     compatible: str,
     weights: str,
     mode: str,
+    spinning: str,
     no_cache: bool,
 ) -> Settings:
     """What the options say; raises InvalidInput for lists that cannot be read."""
-    from lehr.engines.settings import Compatible, Mode, Settings, Weights
+    from lehr.engines.settings import Compatible, Mode, Settings, Spinning, Weights
 
     return Settings(
         batches=tuple(row[0] for row in _rows("--batch", batch, r"\d{1,6}")),
@@ -78,6 +85,7 @@ def settings(
         compatible=Compatible(compatible),
         weights=Weights(weights),
         mode=Mode(mode),
+        spinning=Spinning(spinning),
         cached=not no_cache,
     )
 

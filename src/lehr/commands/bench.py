@@ -40,7 +40,8 @@ def command(
     """Measure engines in turn: a step, a loop, start-up, memory, size and the output's error.
 
     Each engine has a process of its own, and all the same inputs. With --peers the model runs there in other ways, too
-    (needs lehr[export]).
+    (needs lehr[export]). A step is one in the middle of the loop; the loop has its precision schedule, where an engine
+    has one, and the error is the worst of all recorded steps, those at its ends included.
 
     \b
     Examples:

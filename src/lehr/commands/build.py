@@ -13,6 +13,8 @@ from lehr.commands._output import Progress, bundle_argument, emit, engine_option
 from lehr.commands._stages import chosen_stages, stage_option, stage_recipe_option, stage_recipes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lehr.engines.settings import Settings
     from lehr.engines.target import Target
     from lehr.runtime.bundle import Bundle
@@ -64,6 +66,7 @@ def command(
     compatible: str,
     weights: str,
     mode: str,
+    spinning: str,
     no_cache: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +80,7 @@ def command(
     the fastest that meets parity is kept. The engine replaces those of the same target and recipe.
 
     A stage is built in fp32 for processors, for GPUs in the denoiser's recipe or, where that is quantised, in fp16;
-    --stage-recipe says otherwise. Stages are not quantised.
+    --stage-recipe says otherwise. A quantised recipe needs lehr calibrate --stage first.
 
     \b
     Examples:
@@ -88,6 +91,7 @@ def command(
       lehr build d.lehr --target rtx-40 --recipe fp16 --batch 1,2,8
       lehr build p.lehr --target rtx-40 --recipe fp16 --stage-recipe vae_decoder=bf16
       lehr build p.lehr --stage vae_decoder
+      lehr build p.lehr --stage text_encoder --stage-recipe text_encoder=int8-weight
       lehr build d.lehr --target orin-agx --recipe fp16      # here a kit, on the Jetson the engine
     """
     from lehr.engines import target as targets
@@ -112,6 +116,7 @@ def command(
             compatible=compatible,
             weights=weights,
             mode=mode,
+            spinning=spinning,
             no_cache=no_cache,
         ),
         options=_options(ctx),
@@ -132,12 +137,12 @@ def command(
 
 def _stage_recipe(bundle: Bundle, name: str, target: Target, recipe: Recipe, given: dict[str, str]) -> Recipe:
     from lehr.engines.stages import check_recipe, default_recipe
-    from lehr.runtime.recipe import recipe as find_recipe
+    from lehr.runtime.calibrated import recipe_of
 
     if name not in given:
         return default_recipe(bundle, name, target, recipe)
-    named = find_recipe(given[name])
-    check_recipe(name, named)
+    named = recipe_of(bundle, given[name], name)
+    check_recipe(bundle, name, named)
     target.check(named)
     return named
 
@@ -318,18 +323,29 @@ def _next(bundle: Path, record: EngineRecord, verdict: Verdict | None) -> str:
         reasons = "; ".join(f"{name} {level.reason}" for name, level in verdict.levels.items())
         return f"{'verified' if verdict.passed else 'NOT within parity'}: {reasons}"
     if record.stage is not None:
-        return f"Next: lehr verify {bundle} --target {record.target} --stage {record.stage}"
+        which = f"--stage {record.stage}"
+        if record.recipe != "fp32":
+            which += f" --stage-recipe {record.stage}={record.recipe}"
+        return f"Next: lehr verify {bundle} --target {record.target} {which}"
     return f"Next: lehr verify {bundle} --target {record.target} --recipe {record.recipe}"
+
+
+def _kept(record: EngineRecord, row: Mapping[str, Any]) -> bool:
+    """Whether a row of what was tried is the engine that was kept."""
+    spinning = any(plan.options.get("spinning", False) for plan in record.plans.values())
+    return bool(row["library"] == record.library and row.get("spinning", False) == spinning)
 
 
 def _rows(record: EngineRecord) -> list[tuple[str, str, str, str]]:
     """What was tried, for people."""
+    from lehr.engines.choose import named
+
     return [
         (
-            row["library"],
+            named(row["library"], row.get("spinning", False)),
             "-" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
             "-" if row["max_rel_error"] is None else f"{row['max_rel_error']:.1e}",
-            "kept" if row["library"] == record.library else "slower" if row["passed"] else row["reason"] or "no parity",
+            "kept" if _kept(record, row) else "slower" if row["passed"] else row["reason"] or "no parity",
         )
         for row in record.candidates
     ]

@@ -64,6 +64,25 @@ def _table(steps: int, solver: Any) -> dict[str, Any]:
     }
 
 
+def _calibrated(bundle: Any, stage: str | None = None) -> list[dict[str, Any]]:
+    """What calibration left, of the denoiser or of a stage; of a packed bundle what it still says of it."""
+    from lehr.runtime.calibrated import WEIGHTS, calibrated_folder, calibrated_names, read_calibrated
+
+    found = []
+    for name in calibrated_names(bundle, stage):
+        record = read_calibrated(bundle, name, stage).record
+        weights = bundle.manifest.known_files.get(f"{calibrated_folder(name, stage)}/{WEIGHTS}")
+        found.append(
+            {
+                "recipe": name,
+                "layers": len(record.get("plan", {})),
+                "weight_bytes": None if weights is None else weights.bytes,
+                "data": record.get("data"),
+            }
+        )
+    return found
+
+
 def _stage(bundle: Any, name: str, entry: Any) -> dict[str, Any]:
     """One stage beside the denoiser."""
     from lehr.runtime.engine import engines
@@ -84,6 +103,7 @@ def _stage(bundle: Any, name: str, entry: Any) -> dict[str, Any]:
         "inputs": [tensor.to_json() for tensor in entry.spec.inputs],
         "outputs": [tensor.to_json() for tensor in entry.spec.outputs],
         "notes": dict(entry.spec.notes),
+        "calibrated": _calibrated(bundle, name),
         "engines": [_engine(bundle, record) for record in engines(bundle, name)],
         "kits": [{"target": kit.target, "recipe": kit.recipe, "library": kit.library} for kit in kits(bundle, name)],
     }
@@ -150,6 +170,7 @@ def command(bundle: Path, explain: str | None, verify_files: bool, as_json: bool
         "kits": [{"target": kit.target, "recipe": kit.recipe, "library": kit.library} for kit in kits(opened)],
         "stages": {name: _stage(opened, name, entry) for name, entry in manifest.stages.items()},
         "pipeline": None if manifest.pipeline is None else manifest.pipeline.to_json(),
+        "calibrated": _calibrated(opened),
         "audit": _audit(opened),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": len(manifest.files),
@@ -218,6 +239,8 @@ def _prose(data: dict[str, Any]) -> str:
     if data["kits"]:
         waiting = ", ".join(f"{kit['target']} {kit['recipe']}" for kit in data["kits"])
         parts.append(f"build kits, for engines that the device itself must finish: {waiting}")
+    if data["calibrated"]:
+        parts.append(f"calibrated for: {_recipes(data['calibrated'])}")
     if data["audit"]:
         a = data["audit"]
         parts.append(
@@ -225,6 +248,15 @@ def _prose(data: dict[str, Any]) -> str:
             f"{a['findings']} findings; calibration/ranges.png"
         )
     return "\n\n".join(parts)
+
+
+def _recipes(calibrated: list[dict[str, Any]]) -> str:
+    """Calibrated recipes and the size of their weights."""
+    told = []
+    for one in calibrated:
+        size = "" if one["weight_bytes"] is None else f" ({one['weight_bytes'] / 1e6:,.1f} MB of weights)"
+        told.append(f"{one['recipe']}{size}")
+    return ", ".join(told)
 
 
 def _stages(stages: dict[str, Any]) -> str:
@@ -250,5 +282,8 @@ def _stages(stages: dict[str, Any]) -> str:
     told = table(("stage", "does", "family", "parameters", "MB", "GFLOPs"), rows)
     if built:
         told += "\n\n" + table(("stage", "target", "recipe", "library", "MB", "precision", "parity"), built)
+    for name, s in stages.items():
+        if s["calibrated"]:
+            told += f"\n\nstage {name} is calibrated for: {_recipes(s['calibrated'])}"
     waiting = ", ".join(f"{name} {k['target']} {k['recipe']}" for name, s in stages.items() for k in s["kits"])
     return told + (f"\n\nbuild kits of stages: {waiting}" if waiting else "")

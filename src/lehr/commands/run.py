@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,13 @@ _BUNDLE = click.Path(path_type=Path)
 @click.option("--width", type=click.IntRange(1), help="Of the pictures, in pixels.  [default: the model's own]")
 @click.option(
     "--class-label", "class_labels", multiple=True, help="Class to draw, by number or name; repeat for several."
+)
+@click.option(
+    "--conditions",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="The network's further inputs, arrays by name with a row a sample; unconditional.NAME for what guidance "
+    "subtracts.",
 )
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; 1 is none.  [default: the model's own]")
 @click.option(
@@ -97,6 +105,18 @@ _BUNDLE = click.Path(path_type=Path)
     help="With --control: the share of the steps between which it acts.  [default: 0 1]",
 )
 @click.option("--stage-recipe", "stage_recipes", multiple=True, metavar="NAME=R", help="Recipe of a pipeline's stage.")
+@click.option(
+    "--view",
+    "views",
+    multiple=True,
+    metavar="AZIMUTH,ELEVATION",
+    help="Of 3-D samples: where the camera stands, in degrees; repeat for several.  [default: all around]",
+)
+@click.option(
+    "--fps",
+    type=click.FloatRange(0, 1000, min_open=True),
+    help="Pictures a second of a .gif or .webp.  [default: 8 for frames and views, 2 for a picture a sample]",
+)
 @click.option("--tile", type=click.IntRange(0), help="Latent cells a tile's side when decoding; 0 decodes whole.")
 @click.option("--low-memory", is_flag=True, help="One stage of a pipeline in memory at a time, decoded in tiles.")
 @click.option("--whole-loop", is_flag=True, help="Draw with the graph that lehr export --unroll made, a call a batch.")
@@ -116,6 +136,7 @@ def command(
     height: int | None,
     width: int | None,
     class_labels: tuple[str, ...],
+    conditions: Path | None,
     guidance_scale: float | None,
     true_guidance_scale: float | None,
     guidance_interval: tuple[float, float] | None,
@@ -135,6 +156,8 @@ def command(
     controls: tuple[str, ...],
     control_interval: tuple[float, float] | None,
     stage_recipes: tuple[str, ...],
+    views: tuple[str, ...],
+    fps: float | None,
     tile: int | None,
     low_memory: bool,
     whole_loop: bool,
@@ -146,6 +169,7 @@ def command(
     Several prompts or labels are used in turn; without labels, all classes in turn. The same seed draws the same
     samples at any batch size. A .png shows all samples side by side, a .gif or .webp one after the other; a .npz file
     holds the float32 array "samples", (N, C, H, W). A bundle of a whole pipeline draws pictures, in [0, 1] there.
+    Videos are a row of frames each, or play side by side in a .gif or .webp; 3-D samples are seen from every --view.
 
     \b
     Examples:
@@ -154,10 +178,13 @@ def command(
       lehr run sd.lehr --prompt "a red fox in the snow" --num 4 --seed 7 -o foxes.png
       lehr run d.lehr --guidance-scale 4 --guidance-interval 0.3 5 --num 8 -o out.png
       lehr run d.lehr --init digit.png --strength 0.6 --class-label 8 -o out.png
+      lehr run video.lehr --class-label 4 --num 2 -o ball.gif
+      lehr run solids.lehr --conditions words.npz --view 30,25 --view 120,25 -o solids.png
     """
     import time
 
     from lehr.commands._pictures import Asked, draw
+    from lehr.commands._shots import Shots, read_conditions, renderer_of, write
     from lehr.runtime import picture
     from lehr.runtime.bundle import Bundle
     from lehr.runtime.lora import read_applied
@@ -174,7 +201,8 @@ def command(
     progress = Progress()
     if whole_loop and (guide is not None or classifier is not None):
         raise click.UsageError("--whole-loop draws with one graph; it goes without --guide and --classifier.")
-    opened = Bundle.open(bundle).manifest
+    opened_bundle = Bundle.open(bundle)
+    opened = opened_bundle.manifest
     asked = Asked(
         prompts=prompts,
         negative_prompts=negative_prompts,
@@ -191,6 +219,8 @@ def command(
     if opened.pipeline is not None:
         if whole_loop or guide is not None or classifier is not None:
             raise click.UsageError("--whole-loop, --guide and --classifier go with a denoiser alone, not a pipeline.")
+        if conditions is not None or views:
+            raise click.UsageError("--conditions and --view go with a denoiser alone, not a pipeline.")
         drawn = draw(
             bundle,
             asked,
@@ -213,15 +243,19 @@ def command(
             },
             progress=progress,
         )
-        _save(output, drawn.pictures, (0.0, 1.0))
+        write(output, drawn.pictures, drawn.pictures[:, None], (0.0, 1.0), fps=fps)
         told = _told(output, drawn.pictures, drawn.sampler, drawn.evaluations, seed, drawn.seconds)
         emit(as_json, {**told, "warnings": list(drawn.warnings)}, _prose(told))
         return
-    asked.refuse(bundle)
+    (asked if renderer_of(opened) is None else replace(asked, stage_recipes=())).refuse(bundle)
     spec, batch = opened.model, batch or 16
     channels = spec.sample_shape(1)[1]
+    given = read_conditions(conditions, spec, num)
+    shots = Shots(opened_bundle, output, views=views, stage_recipes=stage_recipes, target=target, recipe=recipe)
     request = Request(
-        num=num,
+        num=given.num,
+        conditions=given.conditions,
+        unconditional=given.unconditional,
         seed=seed,
         sampler=sampler,
         num_inference_steps=steps,
@@ -235,8 +269,6 @@ def command(
         strength=strength,
         mask=None if mask is None else picture.load(mask, 1, (0.0, 1.0)),
     )
-    if output.suffix.lower() != ".npz":
-        picture.check_channels(spec.sample_shape(1))
     if whole_loop and loras:
         raise click.UsageError("--whole-loop draws with a graph that LoRAs are not put into; merge them at export.")
     if whole_loop:
@@ -249,7 +281,7 @@ def command(
             open_denoiser(bundle, target=target, recipe=recipe, loras=applied),
             guide=None if guide is None else open_denoiser(guide, target=target, recipe=recipe),
             classifier=None if classifier is None else open_denoiser(classifier, target=target, recipe=recipe),
-            tables=StoredTables(Bundle.open(bundle)),
+            tables=StoredTables(opened_bundle),
         )
         table = pipeline.table(request)
         name, evaluations = table.sampler, len(table)
@@ -261,23 +293,9 @@ def command(
         started = time.monotonic()
         samples = pipeline(request, on_progress=on_progress)
     seconds = time.monotonic() - started
-    _save(output, samples, spec.value_range)
+    shots.save(samples, fps=fps)
     told = _told(output, samples, name, evaluations, seed, seconds)
     emit(as_json, told, _prose(told))
-
-
-def _save(output: Path, samples: npt.NDArray[Any], value_range: tuple[float, float]) -> None:
-    from lehr.runtime import picture
-
-    kind = output.suffix.lower()
-    if kind == ".npz":
-        picture.save_npz(output, samples)
-        return
-    pictures = picture.to_bytes(samples, value_range)
-    if kind == ".png":
-        picture.save_png(output, picture.grid(pictures))
-    else:
-        picture.save_animation(output, pictures)
 
 
 def _told(
