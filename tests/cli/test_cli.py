@@ -405,7 +405,8 @@ def test_an_engine_whose_weights_were_changed_fails_verification(built, capsys):
 
 def test_an_export_that_is_interrupted_leaves_nothing_and_returns_130(tmp_path):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "lehr", "export", "digits-dit", "-o", str(tmp_path / "d.lehr")]
+    heeding = ["env", "--default-signal=INT"]  # a shell's background jobs are started deaf to interrupts
+    command = [*heeding, sys.executable, "-m", "lehr", "export", "digits-dit", "-o", str(tmp_path / "d.lehr")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         assert "tracing" in process.stderr.readline()
