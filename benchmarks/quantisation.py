@@ -45,7 +45,8 @@ from lehr.calibration.observers import observe
 from lehr.calibration.recipes import needs_grams, plan_of
 from lehr.calibration.timing import by_onnxruntime, by_openvino, few_rows, interleaved
 from lehr.calibration.tracks import only
-from lehr.calibration.trajectories import collect, portable_denoiser
+from lehr.calibration.trajectories import collect
+from lehr.engines.portable import portable_denoiser
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import LehrError, RunFailed
 from lehr.runtime.picture import grid, save_png, to_bytes

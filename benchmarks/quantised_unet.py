@@ -32,7 +32,7 @@ from lehr.calibration.layers import Kind, Layer, Role, layers
 from lehr.calibration.observers import Statistics, observe
 from lehr.calibration.quantize import quantize
 from lehr.calibration.recipes import plan_of
-from lehr.calibration.trajectories import portable_denoiser
+from lehr.engines.portable import portable_denoiser
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import synthetic_conditions
 from lehr.runtime.noise import batch_normal

@@ -38,8 +38,8 @@ from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams,
 from lehr.calibration.search import Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
 from lehr.calibration.tracks import score_errors
-from lehr.calibration.trajectories import portable_denoiser
 from lehr.engines.feature_network import ImageNetwork
+from lehr.engines.portable import portable_denoiser
 from lehr.engines.target import Target
 from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle

@@ -19,7 +19,7 @@ from lehr.runtime.files import storage_errors
 
 Array = npt.NDArray[Any]
 
-VERSION = 1  # of the files and of what is collected
+VERSION = 2  # of the files and of what is collected
 BATCH = 4  # samples at once, as many again under guidance
 
 

@@ -18,6 +18,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from lehr.engines.graph.lowering.restored import restore_weights
+from lehr.engines.graph.passes.decompose_norms import decompose_norms
+from lehr.engines.onnxruntime_cpu import IN_PIECES
+from lehr.engines.portable import portable_session
 from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, RunFailed
@@ -46,9 +49,11 @@ class Written:
 
     @classmethod
     def of(cls, model: ir.Model) -> Written:
-        """The bytes of a graph; weights in E2M1, which ONNX Runtime cannot read, are restored in ``model`` first."""
-        restore_weights(model, [ir.DataType.FLOAT4E2M1])
-        return cls(ir.to_proto(model).SerializeToString(deterministic=True), folder_of(model))
+        """The bytes of a graph, its weights in E2M1, which ONNX Runtime cannot read, restored, its norms in pieces."""
+        readable = model.clone()
+        restore_weights(readable, [ir.DataType.FLOAT4E2M1])
+        decompose_norms(readable, IN_PIECES)
+        return cls(ir.to_proto(readable).SerializeToString(deterministic=True), folder_of(readable))
 
     def digest(self) -> bytes:
         """Of all that the graph computes: its structure, and the bytes of its weights.
@@ -118,11 +123,7 @@ def hoisted_sessions(bundle: Bundle, step: Any, *, threads: int = 0) -> Load:
         entry = bundle.manifest.graphs[name]
         if entry.weights is not None:
             bundle.path(entry.weights)
-        options = session_options({"intra_op_threads": threads, "spinning": False})
-        try:
-            return OnnxRuntimeSession(ort.InferenceSession(bundle.path(entry.file), options, providers=[PROVIDER]))
-        except FAILURES as e:
-            raise RunFailed(f"ONNX Runtime cannot run graph {name!r}: {e}") from e
+        return portable_session(bundle.path(entry.file), threads=threads)
 
     return load
 

@@ -27,9 +27,8 @@ from lehr.calibration.histogram import BINS, count_by_channel
 from lehr.calibration.layers import Kind, Layer, layers
 from lehr.calibration.observed import Statistics, TensorStatistics
 from lehr.calibration.ranges import buckets
-from lehr.calibration.trajectories import portable_denoiser, portable_session
 from lehr.engines.graph.cost import nbytes
-from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
+from lehr.engines.portable import portable_denoiser, portable_session
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.hoisted import STEP
@@ -275,8 +274,8 @@ class Observer:
         for names in _shares(text, wanted, sizes, memory):
             model, inputs = _with_outputs(text, names)
             self._inputs |= inputs
-            session = portable_session(ir.to_proto(model).SerializeToString(), weights, threads)
-            self._sessions.append((OnnxRuntimeSession(session), [name for name in names if name not in inputs]))
+            session = portable_session(ir.to_proto(model).SerializeToString(), weights, threads=threads)
+            self._sessions.append((session, [name for name in names if name not in inputs]))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         outputs: dict[str, Array] = {}

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from lehr.calibration.collected import BATCH
 from lehr.calibration.probe import PEAK, RMS, Probe, instrument
-from lehr.calibration.trajectories import calibration_request, portable_denoiser, portable_session
-from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
+from lehr.calibration.trajectories import calibration_request
+from lehr.engines.portable import portable_denoiser, portable_session
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, RunFailed
 from lehr.runtime.hoisted import STEP
@@ -145,7 +145,7 @@ class _Observed:
     """The instrumented step graph as a session: returns what the step graph does, and keeps what was measured."""
 
     def __init__(self, graph: bytes, weights: Path, threads: int) -> None:
-        self._session = OnnxRuntimeSession(portable_session(graph, weights, threads))
+        self._session = portable_session(graph, weights, threads=threads)
         self._taken: list[tuple[Array, Array]] = []
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

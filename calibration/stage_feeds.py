@@ -23,9 +23,9 @@ import onnxruntime as ort
 from lehr.calibration.collected import cache_folder, content
 from lehr.calibration.stage_prompts import PROMPTS, read_prompts
 from lehr.calibration.stage_recorded import recorded_feeds
-from lehr.calibration.trajectories import CALIBRATION_SEEDS, OnStep, portable_denoiser, portable_session
+from lehr.calibration.trajectories import CALIBRATION_SEEDS, OnStep
+from lehr.engines.portable import portable_denoiser, portable_session
 from lehr.runtime.arrays import read_arrays, write_arrays
-from lehr.runtime.backends.onnxruntime import OnnxRuntimeSession
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import BundleError, InvalidInput
 from lehr.runtime.files import storage_errors
@@ -364,7 +364,7 @@ def _portable(bundle: Bundle, name: str, threads: int) -> StageRunner:
         raise BundleError(f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only.")
     bundle.path(entry.graph.weights)
     path = bundle.path(entry.graph.file)
-    return StageRunner(entry.spec, OnnxRuntimeSession(portable_session(str(path), path.parent, threads)))
+    return StageRunner(entry.spec, portable_session(path, threads=threads))
 
 
 def _reader(bundle: Bundle) -> Callable[[str], bytes]:

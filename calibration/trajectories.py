@@ -31,14 +31,12 @@ from lehr.calibration.collected import (
     is_whole,
     write_part,
 )
+from lehr.engines.portable import portable_denoiser
 from lehr.runtime import golden
-from lehr.runtime.backends.base import Session
-from lehr.runtime.backends.onnxruntime import FAILURES, PROVIDER, OnnxRuntimeSession, session_options
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser, synthetic_conditions
-from lehr.runtime.errors import BundleError, InvalidInput, RunFailed
+from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.files import storage_errors
-from lehr.runtime.hoisted import PROMPT, SCHEDULE, STEP, Residency, hoisted_denoiser
 from lehr.runtime.pipeline import Pipeline, Request
 from lehr.runtime.solver_table import SolverTable
 from lehr.runtime.spec import ModelSpec
@@ -46,7 +44,6 @@ from lehr.runtime.stored_tables import StoredTables
 
 Array = npt.NDArray[Any]
 OnStep = Callable[[int, int], None]
-LoadStep = Callable[[], Session]
 
 SAMPLES = 32  # of a collection by default
 CALIBRATION_SEEDS = 1 << 32  # calibration draws with this seed and the ones after it; what is held out lies below
@@ -76,47 +73,6 @@ def calibration_request(bundle: Bundle, *, steps: int | None, num: int, seed: in
         num=num, num_inference_steps=steps, seed=seed, batch=BATCH, conditions=conditions, guidance_scale=1.0
     )
     return request, source
-
-
-def portable_session(graph: bytes | str, weights: Path, threads: int) -> ort.InferenceSession:
-    """A portable graph, or a copy with more outputs, in ONNX Runtime; ``weights`` is the folder of its weights file.
-
-    Raises:
-        InvalidInput: ONNX Runtime refuses it.
-    """
-    options = session_options({"intra_op_threads": threads, "spinning": False})
-    # In the graph's order a tensor is measured as soon as it is there; ONNX Runtime's default order keeps all of them.
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    if isinstance(graph, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    try:
-        return ort.InferenceSession(graph, options, providers=[PROVIDER])
-    except FAILURES as e:
-        raise InvalidInput(f"ONNX Runtime cannot run the graph: {e}") from e
-
-
-def portable_denoiser(bundle: Bundle, load_step: LoadStep | None = None, *, threads: int = 0) -> Denoiser:
-    """The network by its portable float32 graphs; ``load_step`` puts something else in the step graph's place.
-
-    Raises:
-        BundleError: structure only, or damaged files.
-    """
-    graphs = bundle.manifest.graphs
-
-    def load(name: str) -> Session:
-        if name == STEP and load_step is not None:
-            return load_step()
-        entry = graphs[name]
-        if entry.weights is None:
-            raise BundleError(
-                f"{bundle.root.name} holds structure only, no weights. Export it without --structure-only."
-            )
-        bundle.path(entry.weights)
-        path = bundle.path(entry.file)
-        return OnnxRuntimeSession(portable_session(str(path), path.parent, threads))
-
-    signatures = {name: graphs[name].signature for name in (PROMPT, SCHEDULE, STEP) if name in graphs}
-    return hoisted_denoiser(bundle.manifest.model, signatures, load, residency=Residency.ALL)
 
 
 # ------------------------------------------------------------------------------------------------- collecting

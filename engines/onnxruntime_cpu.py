@@ -3,7 +3,7 @@
 Group norms are taken apart first: ONNX Runtime has no kernel for the operator and spells it out in more pieces than it
 needs. The step of digits-adm, with 38 of them, takes .84 of the time at batch 2 on one thread of an AMD EPYC (version
 1.31, interleaved medians), outputs within 2e-7. Taking attention or layer norms apart gained nothing there and on
-digits-dit (.99 and 1.05).
+digits-dit (.99 and 1.05). Attention over long sequences runs in blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -26,6 +26,9 @@ from lehr.runtime.errors import BuildFailed
 from lehr.runtime.precision_schedule import graph_of
 from lehr.runtime.recipe import Format
 from lehr.runtime.whole_loop import LOOP
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 Placement = Mapping[str, Mapping[str, int]]  # provider -> operator that takes floating-point inputs -> how often
@@ -67,12 +70,17 @@ def build(job: Job, folder: Path) -> Plan:
 
 def optimise(job: Job, folder: Path, options: dict[str, Any]) -> tuple[Plan, Placement]:
     """Optimise a graph with these options into ``folder``, and say which provider ran what; raises BuildFailed."""
-    from lehr.runtime.backends.onnxruntime import FAILURES, open_session, session_options  # first: raises MissingExtra
+    from lehr.runtime.backends.onnxruntime import (  # first: raises MissingExtra
+        FAILURES,
+        PROVIDER,
+        open_session,
+        session_options,
+    )
 
     import onnxruntime as ort  # isort: skip
 
     graph, name = job.graph, job.name
-    given, apart = in_pieces(graph)
+    given, changed = lowered(graph, job.feeds if options.get("provider", PROVIDER) == PROVIDER else None)
     plan = folder / f"{name}.onnx"
     made = session_options(options)
     made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -93,25 +101,45 @@ def optimise(job: Job, folder: Path, options: dict[str, Any]) -> tuple[Plan, Pla
         operators, precision, placement = executed(plan, job.feeds, options)
     except FAILURES as e:
         raise BuildFailed(f"ONNX Runtime cannot build {graph.name}: {e}") from e
-    options = {**options, "in_pieces": apart}
-    return Plan(file=plan.name, options=options, achieved_precision=precision, operators=operators), placement
+    return Plan(
+        file=plan.name, options={**options, **changed}, achieved_precision=precision, operators=operators
+    ), placement
 
 
-def in_pieces(graph: Path) -> tuple[Path | bytes, list[str]]:
-    """The graph without the operators that cost more whole, and which those were; itself where it has none.
+def lowered(graph: Path, feeds: Mapping[str, Array] | None = None) -> tuple[Path | bytes, dict[str, Any]]:
+    """The graph with operators that this provider computes faster, and what was done to it; itself where it has none.
 
     It stays as it is where ONNX's own tools are not installed: it computes the same.
+
+    Args:
+        graph: any portable graph.
+        feeds: of the sizes that attention is to be fast at; without them it stays as it is.
     """
-    found = sorted(name for name in IN_PIECES if name.encode() in graph.read_bytes())
-    if not found or importlib.util.find_spec("onnx_ir") is None:
-        return graph, []
+    text = graph.read_bytes()
+    apart = sorted(name for name in IN_PIECES if name.encode() in text)
+    if not (apart or (feeds and b"Attention" in text)) or importlib.util.find_spec("onnx_ir") is None:
+        return graph, {"in_pieces": [], "blocked_attention": False}
     import onnx_ir as ir
 
     from lehr.engines.graph.lowering import Dialect, lower
+    from lehr.engines.graph.passes.blocked_attention import block_attention
+    from lehr.engines.graph.passes.merge_affine import merge_affine
 
     model = ir.load(graph)
-    lower(model, model.opset_imports[""], Dialect(name="onnxruntime", pieces=frozenset(found)))
-    return ir.to_proto(model).SerializeToString(), found
+    lower(model, model.opset_imports[""], Dialect(name="onnxruntime", pieces=frozenset(apart)))
+    merge_affine(model)
+    blocked = block_attention(model, _sizes(model, feeds or {})).modified
+    return ir.to_proto(model).SerializeToString(), {"in_pieces": apart, "blocked_attention": blocked}
+
+
+def _sizes(model: ir.Model, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """What the dimensions of a graph's inputs are in ``feeds``."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        example = feeds.get(str(value.name))
+        if example is not None and value.shape is not None:
+            sizes |= dict(zip(map(str, value.shape.dims), example.shape, strict=True))
+    return sizes
 
 
 def executed(

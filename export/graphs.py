@@ -20,6 +20,7 @@ from lehr.engines.graph.weights import (
     save_graph,
     weight_bytes,
 )
+from lehr.engines.portable import portable_session
 from lehr.export.source import Source
 from lehr.export.trace import trace
 from lehr.runtime.errors import ExportFailed
@@ -131,13 +132,10 @@ def compare(graphs: Mapping[str, GraphEntry], bundle: Path, found: Source, golde
     Raises:
         ExportFailed: they differ from eager.
     """
-    from lehr.runtime.backends.onnxruntime import BACKEND
-
-    options = {"intra_op_threads": 0, "spinning": False}
     denoiser = hoisted_denoiser(
         found.spec,
         {name: graph.signature for name, graph in graphs.items() if name != LOOP},
-        lambda name: BACKEND.load(bundle / graphs[name].file, options),
+        lambda name: portable_session(bundle / graphs[name].file),
     )
     steps = golden.steps
     tried = sorted({0, len(steps.timesteps) // 2, len(steps.timesteps) - 1})

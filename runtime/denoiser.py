@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lehr.runtime.device_network import DeviceNetwork
 from lehr.runtime.errors import InvalidInput, RunFailed
 from lehr.runtime.noise import standard_normal
-from lehr.runtime.spec import DType, ModelSpec, Varies
+from lehr.runtime.spec import DType, ModelSpec, Varies, check_labels
 
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -53,6 +53,7 @@ class Denoiser:
     ) -> None:
         self.spec, self._run, self._hoisted, self.resident = spec, run, hoisted, resident
         self._constants: dict[str, Array] = {}
+        self._fitting: tuple[Any, dict[str, int]] = (None, {})
 
     def prepare(
         self, timesteps: Iterable[float], sample_sizes: Sequence[int], conditions: Sequence[Mapping[str, Array]]
@@ -108,7 +109,7 @@ class Denoiser:
         spec = self.spec
         steps = np.full(sample.shape[0], timestep, dtype=spec.timestep.dtype.numpy)
         feeds = {spec.sample.name: sample, spec.timestep.name: steps, **conditions}
-        bound = spec.check_feeds(feeds)
+        bound = self._check_feeds(feeds)
         self._check_constants(conditions)
         outputs = self._run(feeds)
         try:
@@ -116,6 +117,15 @@ class Denoiser:
         except InvalidInput as e:
             raise RunFailed(f"{e} The engine has a size baked in; export the model again.") from e
         return outputs[spec.outputs[0].name]
+
+    def _check_feeds(self, feeds: Mapping[str, Array]) -> dict[str, int]:
+        """Hold feeds against the spec; of what has the form of the last that fitted only the labels are looked at."""
+        form = [(name, value.shape, value.dtype) for name, value in feeds.items()]
+        if form != self._fitting[0]:
+            self._fitting = form, self.spec.check_feeds(feeds)
+        elif self.spec.num_classes is not None:
+            check_labels(feeds["class_labels"], self.spec.num_classes, self.spec.null_class)
+        return self._fitting[1]
 
     def check_loop(self, shape: tuple[int, ...], conditions: Mapping[str, Array]) -> None:
         """Hold a whole loop's feeds against the spec; raises InvalidInput as an evaluation would."""

@@ -160,6 +160,7 @@ class HoistedNetwork:
         self._bytes = 0
         self._last: tuple[dict[str, Array], tuple[int, ...], tuple[Key, ...]] | None = None
         self._assembled: tuple[tuple[Key, ...], dict[str, Tensor]] | None = None
+        self._served: tuple[tuple[Key, ...], frozenset[float]] | None = None
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -167,6 +168,7 @@ class HoistedNetwork:
         """Say which timesteps will come, so that whoever is met first is prepared for all of them at once."""
         kind = self._spec.timestep.dtype.numpy.type
         self._timesteps = tuple(dict.fromkeys(float(kind(t)) for t in timesteps))
+        self._served = None
 
     def enter(self, timesteps: Iterable[float]) -> tuple[float, ...]:
         """Say which loop begins, or with no timesteps that none does; returns those of the one before."""
@@ -248,6 +250,8 @@ class HoistedNetwork:
         """Keys of a batch's samples, everything that they need computed."""
         conditions = {tensor.name: conditions[tensor.name] for tensor in self._spec.fixed}
         keys = self._keys(conditions, sample_shape)
+        if self._served is not None and keys is self._served[0] and self._served[1].issuperset(timesteps):
+            return keys
         new = [(k, key) for k, key in enumerate(keys) if key not in self._prompts]
         if new:
             first = {key: k for k, key in reversed(new)}
@@ -262,6 +266,7 @@ class HoistedNetwork:
         if missing and self._of_schedule:
             self._compute_schedules(missing, conditions)
         self._evict(keys)
+        self._served = keys, frozenset(wanted)
         return keys
 
     def _keys(self, conditions: Mapping[str, Array], sample_shape: tuple[int, ...]) -> tuple[Key, ...]:
@@ -375,6 +380,7 @@ class HoistedNetwork:
 
     def _forget(self, owner: Key | bytes) -> None:
         """Drop what belongs to one sample, or to everything that shares a context."""
+        self._served = None
 
         def belongs(key: Key | bytes) -> bool:
             return owner in (key, getattr(key, "shared", None))

@@ -11,12 +11,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from lehr.engines.graph.passes.blocked_attention import LONG, block_attention
 from lehr.engines.graph.passes.dead_code import remove_dead_code
 from lehr.engines.graph.passes.decompose_attention import decompose_attention
 from lehr.engines.graph.passes.decompose_norms import SINCE, decompose_norms
 from lehr.engines.graph.passes.fold import fold_constants
 from lehr.engines.graph.passes.fuse_attention import fuse_attention
 from lehr.engines.graph.passes.fuse_norms import fuse_norms
+from lehr.engines.graph.passes.merge_affine import merge_affine
 from lehr.engines.graph.passes.redundant import remove_redundant
 
 Feeds = Mapping[str, np.ndarray]
@@ -163,6 +165,45 @@ def test_a_norm_in_pieces_computes_the_same_and_is_found_again(name: str) -> Non
     assert np.allclose(run(model, feeds), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_groups_of_one_channel_are_an_instance_norm_and_nothing_else() -> None:
+    text = "y = GroupNormalization <num_groups = 4, epsilon = 0.001> (x, c, d)"
+    model = graph(f"g (float[3, 4, 5, 6] x, float[4] c, float[4] d) => (float[3, 4, 5, 6] y) {{ {text} }}")
+    feeds = {"x": 3 * normal(3, 4, 5, 6) + 1, "c": normal(4), "d": normal(4)}
+    expected = run(model, feeds)
+    decompose_norms(model)
+    assert operators(model) == {"InstanceNormalization": 1}
+    assert np.allclose(run(model, feeds), expected, rtol=1e-5, atol=1e-5)
+
+
+AFFINE = {"a": "4, 1, 1", "b": "4, 1, 1", "c": "3, 4, 1, 1", "d": "3, 4, 1, 1", "e": "3, 4, 5, 6", "s": "1"}
+BOTH = "p = Mul (x, a)  q = Add (p, b)  r = Mul (c, q)"
+
+
+@pytest.mark.parametrize(
+    "body, merged",
+    [
+        (BOTH + "  y = Add (d, r)", True),
+        (BOTH + "  t = Add (r, d)  y = Mul (t, q)", False),  # the inner one is needed in between
+        (BOTH + "  t = Add (r, d)  y = Mul (t, r)", False),
+        (BOTH + "  y = Add (r, e)", False),  # a residual is no shift
+        ("p = Mul (x, e)  q = Add (p, b)  r = Mul (q, c)  y = Add (r, d)", False),
+        ("p = Mul (x, s)  q = Add (p, b)  r = Mul (q, c)  y = Add (r, d)", False),
+    ],
+)
+def test_affine_maps_of_channels_in_a_row_are_one(body: str, merged: bool) -> None:
+    inputs = ", ".join(f"float[{shape}] {name}" for name, shape in {"x": "3, 4, 5, 6", **AFFINE}.items())
+    model = graph(f"g ({inputs}) => (float[3, 4, 5, 6] y) {{ {body} }}")
+    feeds = {"x": normal(3, 4, 5, 6)}
+    feeds |= {name: normal(*map(int, shape.split(","))) for name, shape in AFFINE.items()}
+    expected, before = run(model, feeds), len(model.graph)
+    assert merge_affine(model).modified == merged
+    assert np.allclose(run(model, feeds), expected, rtol=1e-5, atol=1e-5)
+    large = [node for node in model.graph if node.outputs[0].shape == [3, 4, 5, 6]]
+    assert len(large) == (2 if merged else before)
+    assert [value.name for value in model.graph.outputs] == ["y"]
+    assert not merge_affine(model).modified
+
+
 def test_only_the_named_operators_are_taken_apart() -> None:
     model = norm("Gelu")
     assert not decompose_norms(model, [name for name in SINCE if name != "Gelu"]).modified
@@ -244,6 +285,38 @@ def test_a_scale_after_the_product_is_understood(scale: str) -> None:
     assert fuse_attention(model).modified
     assert operators(model) == {"Attention": 1}
     assert np.allclose(run(model, feeds), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["", "<scale = 0.5>"])
+def test_long_attention_runs_in_blocks_and_computes_the_same(scale: str) -> None:
+    turn = "Transpose <perm = [0, 2, 1, 3]>"
+    body = f"q = {turn} (x)  k = {turn} (z)  a = Attention {scale} (q, k, k)  y = {turn} (a)"
+    text = f"g (float[1, tokens, 2, 4] x, float[1, keys, 2, 4] z) => (float[1, tokens, 2, 4] y) {{ {body} }}"
+    model = graph(text)
+    feeds = {"x": normal(1, LONG, 2, 4), "z": 2 * normal(1, LONG + 8, 2, 4)}
+    expected = run(model, feeds)
+    assert not block_attention(graph(text), {"tokens": LONG - 1, "keys": LONG}).modified
+    assert not block_attention(graph(text), {"tokens": LONG}).modified, "nobody knows how many keys"
+    assert block_attention(model, {"tokens": LONG, "keys": LONG + 8}).modified
+    assert operators(model) == {"Reshape": 4, "MultiHeadAttention": 1}, "no tensor is moved"
+    assert np.allclose(run(model, feeds), expected, atol=1e-5)
+    short = {"x": normal(1, 3, 2, 4), "z": normal(1, 5, 2, 4)}
+    assert np.allclose(run(model, short), run(graph(text), short), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "inputs, call",
+    [
+        ("float[1, 2, 2048, 4] q, float[2048] m", "Attention (q, q, q, m)"),
+        ("float[1, 2, 2048, 4] q", "Attention <is_causal = 1> (q, q, q)"),
+        ("float16[1, 2, 2048, 4] q", "Attention (q, q, q)"),
+        ("float[1, 2, 2048, 4] q, float[1, 1, 2048, 4] k", "Attention (q, k, k)"),
+    ],
+)
+def test_attention_that_the_other_operator_cannot_do_stays(inputs: str, call: str) -> None:
+    kind = inputs.partition("[")[0]
+    model = graph(f"g ({inputs}) => ({kind}[1, 2, 2048, 4] y) {{ y = {call} }}")
+    assert not block_attention(model, {}).modified
 
 
 @pytest.mark.parametrize(

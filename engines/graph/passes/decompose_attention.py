@@ -23,14 +23,17 @@ def decompose_attention(model: ir.Model, names: Collection[str] | None = None) -
         model: changed in place.
         names: of the nodes to take apart; all without them.
     """
-    nodes = [node for node in model.graph if node.op_type == "Attention" and node.domain == "" and _plain(node)]
+    nodes = [
+        node for node in model.graph if node.op_type == "Attention" and node.domain == "" and plain_attention(node)
+    ]
     nodes = [node for node in nodes if names is None or node.name in names]
     for node in nodes:
         _decompose(node)
     return ir.passes.PassResult(model, bool(nodes))
 
 
-def _plain(node: ir.Node) -> bool:
+def plain_attention(node: ir.Node) -> bool:
+    """Whether it is softmax(scale Q Kᵀ + mask) V, with as many heads of keys as of queries, and nothing else."""
     query, key, value = (operand(node, k) for k in range(3))
     if any(tensor is not None for tensor in node.inputs[4:]) or any(out.uses() for out in node.outputs[1:]):
         return False

@@ -70,13 +70,20 @@ def _rms_norm(node: ir.Node) -> bool:
 
 
 def _group_norm(node: ir.Node) -> bool:
-    """Each group is one channel of InstanceNormalization, whose own scale and bias are ones and zeros."""
+    """Each group is one channel of InstanceNormalization, whose own scale and bias are ones and zeros.
+
+    Groups of a single channel are InstanceNormalization as it is.
+    """
     source, scale, bias = (operand(node, k) for k in range(3))
     rank = rank_of(source)
     if rank is None:
         return False
     draft, groups = Draft(node), node.attributes["num_groups"].as_int()
-    dtype, source = source.dtype, _stashed(draft, source)
+    dtype, shape, source = source.dtype, source.shape, _stashed(draft, source)
+    if shape is not None and shape[1] == groups and source.dtype == dtype:
+        attributes = {"epsilon": _epsilon(node)}
+        draft.finish(draft.op("InstanceNormalization", source, scale, bias, attributes=attributes, shape=shape))
+        return True
     size = draft.op("Shape", source, dtype=ir.DataType.INT64, shape=ir.Shape([rank]))
     together = draft.constant([0, groups, -1], ir.DataType.INT64, "groups")
     flat = draft.op("Reshape", source, together, shape=ir.Shape([None, groups, None]))
@@ -85,7 +92,8 @@ def _group_norm(node: ir.Node) -> bool:
     normal = draft.op("InstanceNormalization", flat, ones, zeros, attributes=attributes, shape=flat.shape)
     normal = _cast(draft, draft.op("Reshape", normal, size, shape=source.shape), dtype)
     channel = draft.constant([-1] + [1] * (rank - 2), ir.DataType.INT64, "channel")
-    scale, bias = (draft.op("Reshape", weight, channel) for weight in (scale, bias))
+    sizes = ir.Shape([scale.shape[0] if scale.shape is not None else None] + [1] * (rank - 2))
+    scale, bias = (draft.op("Reshape", weight, channel, shape=sizes) for weight in (scale, bias))
     draft.finish(draft.op("Add", draft.op("Mul", normal, scale, shape=source.shape), bias, shape=source.shape))
     return True
 

@@ -34,13 +34,14 @@ class Draft:
         dtype: ir.DataType | None = None,
         shape: ir.Shape | None = None,
         role: str | None = None,
+        domain: str = "",
     ) -> ir.Value:
         """A node's only result; ``dtype`` is the first input's unless given, ``role`` a name to say what it is."""
         first = next((value for value in inputs if value is not None), None)
         dtype = dtype or (first.dtype if first is not None else None)
         name = self._name(role or operator)
         result = ir.Value(name=name, shape=shape, type=None if dtype is None else ir.TensorType(dtype))
-        made = ir.node(operator, list(inputs), dict(attributes or {}), outputs=[result], name=name)
+        made = ir.node(operator, list(inputs), dict(attributes or {}), domain=domain, outputs=[result], name=name)
         self.graph.insert_before(self.node, made)
         return result
 
