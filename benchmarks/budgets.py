@@ -1,14 +1,17 @@
 """The fastest engine within a fidelity budget, Lehr's and everybody else's, on one CPU in one run.
 
     python benchmarks/budgets.py [MODEL ...] [--nncf-python PYTHON] [--recipes fp32,bf16,...]
+                                 [--keep FOLDER [--prepare]]
 
 Writes benchmarks/results/budgets.json and docs/budgets.png. A budget is the least SQNR that one evaluation may have
-against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Engines take turns, each in a process of its own
-(``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe, after ``lehr
-calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16), on the same inputs as the
-peers: loops of a network with random weights end far from where single evaluations are judged. Peers start from plain
-``torch.onnx.export``; NNCF needs a Python that has it. Models are those of benchmarks/hoisted_precision.py. What a peer
-cannot do is recorded with its reason.
+against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Trained models are evaluated at six places of a
+loop of 20 steps, those with random weights on unit noise: their own loops end nowhere. Engines take turns, each in a
+process of its own (``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe,
+after ``lehr calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16). Lehr and the
+peers calibrate on the same inputs, of other seeds. Peers start from plain ``torch.onnx.export``; NNCF needs a Python
+that has it. Models are those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
+``--keep`` holds what was exported, calibrated and quantised for a later run; ``--prepare`` ends there, so that only
+builds and measurements need a quiet machine.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +34,21 @@ from hoisted_precision import BATCH, MODELS, feeds_of, made
 
 from lehr.engines.bench import Contestant, child_environment, compare
 from lehr.engines.contestants import contestants, peers, runnable
+from lehr.export.eager import eager
 from lehr.export.source import shipped_weights
 from lehr.runtime.bundle import Bundle
+from lehr.runtime.calibrated import calibrated_names
+from lehr.runtime.denoiser import Denoiser
 from lehr.runtime.noise import batch_normal
+from lehr.runtime.pipeline import Pipeline, Request
 from lehr.runtime.timing import write_inputs
 
 NAME = "budgets"
 PICTURE = Path(__file__).parents[1] / "docs" / "budgets.png"
 BUDGETS = (30.0, 36.0, 40.0)
 TIMESTEPS, CALIBRATION = 6, 8
+STEPS = 20  # of the loops that trained models are evaluated in
+LOOPS = 5  # that a trained model is calibrated along, in eight evaluations each
 HERE = Path(__file__).parent
 FACTORY = """
 import sys
@@ -59,12 +69,16 @@ def model_of(name: str) -> tuple[Any, Any]:
 
 def evaluations(name: str, seed: int, count: int) -> list[dict[str, Any]]:
     """Inputs of single evaluations, evenly spaced over the timesteps: the middle one first."""
-    _, spec, sizes = made(name)
+    module, spec, sizes = made(name)
+    order = sorted(range(count), key=lambda k: abs(k - count // 2))
+    if shipped_weights(name) is not None:
+        along = loop_inputs(eager(module, spec), seed)
+        places = np.linspace(0, len(along), count + 2)[1:-1].astype(int)
+        return [along[place] for place in places[order]]
     feeds = feeds_of(spec, sizes)
     low, high = sorted((spec.path.first_timestep, spec.path.last_timestep))
     timesteps = np.linspace(low, high, count + 2)[1:-1]
     shape, kind = feeds[spec.sample.name].shape, spec.timestep.dtype.numpy
-    order = sorted(range(count), key=lambda k: abs(k - count // 2))
     return [
         {
             **feeds,
@@ -75,6 +89,22 @@ def evaluations(name: str, seed: int, count: int) -> list[dict[str, Any]]:
     ]
 
 
+def loop_inputs(denoiser: Denoiser, seed: int) -> list[dict[str, Any]]:
+    """What a model is fed along a loop of its sampler, for :data:`BATCH` samples without guidance."""
+    taken: list[dict[str, Any]] = []
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        taken.append({key: np.array(value) for key, value in feeds.items()})
+        spec = denoiser.spec
+        conditions = {tensor.name: feeds[tensor.name] for tensor in spec.conditions}
+        output = denoiser.with_variance(feeds[spec.sample.name], float(feeds[spec.timestep.name][0]), conditions)
+        return {spec.outputs[0].name: output}
+
+    request = Request(num=BATCH, batch=BATCH, num_inference_steps=STEPS, guidance_scale=1.0, seed=seed)
+    Pipeline(Denoiser(denoiser.spec, run))(request)
+    return taken
+
+
 def lehr(*words: str) -> str | None:
     """Run a verb; None if it did what it was asked, else what it said."""
     done = subprocess.run(
@@ -83,27 +113,49 @@ def lehr(*words: str) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def our_engines(name: str, recipes: list[str], data: Path, scratch: Path) -> tuple[list[Contestant], dict[str, str]]:
-    """Lehr's engines of a model, and why some recipes have none."""
-    source, bundle = name, scratch / "model.lehr"
-    if shipped_weights(name) is None:
-        factory = scratch / "model.py"
-        factory.write_text(FACTORY.format(here=str(HERE), name=name))
-        source = f"{factory}:make"
-    failed: dict[str, str] = {}
-    problem = lehr("export", source, "-o", str(bundle), "--golden", "none")
+def calibrated(name: str, recipes: list[str], data: Path, scratch: Path) -> dict[str, str]:
+    """Export a model to ``scratch/model.lehr`` and calibrate what is not calibrated there; why some recipes are not."""
+    source, bundle = source_of(name, scratch), scratch / "model.lehr"
+    problem = None if bundle.is_dir() else lehr("export", source, "-o", str(bundle), "--golden", "none")
     if problem:
         raise RuntimeError(f"export of {name} failed: {problem}")
+    failed: dict[str, str] = {}
+    for recipe in recipes:
+        base, _, rest = recipe.partition("+")
+        if base in ("fp32", "bf16", "bf16-matmul") or stored(recipe) in calibrated_names(Bundle.open(bundle)):
+            continue
+        started = time.monotonic()
+        words = ["--recipe", base, "--name", stored(recipe), "--data", str(data), *(["--rest", rest] if rest else [])]
+        problem = lehr("calibrate", str(bundle), *words)
+        if problem:
+            failed[recipe] = problem
+        print(f"{name} {recipe}: {problem or 'calibrated'} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+    return failed
+
+
+def stored(recipe: str) -> str:
+    """What a recipe is called in a bundle."""
+    return recipe.replace("+", "-")
+
+
+def source_of(name: str, scratch: Path) -> str:
+    """What ``lehr export`` takes for a model; a factory is written to ``scratch`` where it has no shipped weights."""
+    if shipped_weights(name) is not None:
+        return name
+    factory = scratch / "model.py"
+    factory.write_text(FACTORY.format(here=str(HERE), name=name))
+    return f"{factory}:make"
+
+
+def our_engines(name: str, recipes: list[str], scratch: Path) -> tuple[list[Contestant], dict[str, str]]:
+    """Lehr's engines of a model, and why some recipes have none."""
+    bundle, failed = scratch / "model.lehr", {}
     for recipe in recipes:
         started = time.monotonic()
-        base, _, rest = recipe.partition("+")
-        stored, problem = recipe.replace("+", "-"), None
-        if base not in ("fp32", "bf16", "bf16-matmul"):
-            words = ["--recipe", base, "--name", stored, "--data", str(data)]
-            problem = lehr("calibrate", str(bundle), *words, *(["--rest", rest] if rest else []))
-        problem = problem or lehr("build", str(bundle), "--target", "cpu", "--recipe", stored, "--library", "auto")
+        words = ["--target", "cpu", "--recipe", stored(recipe), "--library", "auto"]
+        problem = lehr("build", str(bundle), *words)
         if problem:
-            failed[f"lehr {recipe}"] = problem
+            failed[recipe] = problem
         print(f"{name} {recipe}: {problem or 'built'} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
     opened = Bundle.open(bundle)
     return contestants(opened, runnable(opened, "cpu", ())), failed
@@ -137,27 +189,32 @@ def quantised(
     return ready, failed
 
 
-def measure(name: str, recipes: list[str], nncf: str | None, seconds: float, scratch: Path) -> dict[str, Any]:
-    """One model's engines and what each budget buys."""
+def measure(
+    name: str, recipes: list[str], nncf: str | None, seconds: float, scratch: Path, *, prepare: bool
+) -> dict[str, Any] | None:
+    """One model's engines and what each budget buys; None if it is only to be prepared."""
     files = []
-    for kind, seed, count in (("held-out", 100, TIMESTEPS), ("calibration", 500, CALIBRATION)):
-        (scratch / kind).mkdir()
-        for k, feeds in enumerate(evaluations(name, seed, count)):
+    loops = LOOPS if shipped_weights(name) is not None else 1
+    for kind, seeds, count in (("held-out", [100], TIMESTEPS), ("calibration", range(500, 500 + loops), CALIBRATION)):
+        (scratch / kind).mkdir(exist_ok=True)
+        for k, feeds in enumerate(each for seed in seeds for each in evaluations(name, seed, count)):
             files.append(scratch / kind / f"{k}.npz")
             write_inputs(files[-1], feeds)
     inputs, calibration = files[:TIMESTEPS], files[TIMESTEPS:]
-    ours, failed = our_engines(name, recipes, scratch / "calibration", scratch)
-    source = name if shipped_weights(name) is not None else f"{scratch / 'model.py'}:make"
-    others = peers(source, inputs[0], scratch)
-    made_by_tools, also_failed = quantised(scratch / "peer.onnx", calibration, scratch, nncf)
-    failed |= also_failed
+    failed = calibrated(name, recipes, scratch / "calibration", scratch)
+    others = peers(source_of(name, scratch), inputs[0], scratch)
+    made_by_tools, theirs = quantised(scratch / "peer.onnx", calibration, scratch, nncf)
+    if prepare:
+        return None
+    ours, unbuilt = our_engines(name, [recipe for recipe in recipes if recipe not in failed], scratch)
     rows = compare(
         [*others, *made_by_tools, *ours],
         inputs,
         seconds=seconds,
         progress=lambda text: print(f"{name}: {text}", file=sys.stderr),
     )
-    table = [row.to_json() for row in rows] + [{"name": key, "reason": why} for key, why in failed.items()]
+    reasons = theirs | {f"lehr {recipe}": why for recipe, why in (failed | unbuilt).items()}
+    table = [row.to_json() for row in rows] + [{"name": key, "reason": why} for key, why in reasons.items()]
     return {"model": name, "rows": table, "budgets": [bought(table, budget) for budget in BUDGETS]}
 
 
@@ -225,12 +282,22 @@ def main() -> None:
     parser.add_argument("--nncf-python")
     parser.add_argument("--recipes", default="fp32,bf16,bf16-matmul,int8+bf16,int8-sq+bf16,int8-sq")
     parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--prepare", action="store_true")
     given = parser.parse_args()
+    if given.prepare and given.keep is None:
+        parser.error("--prepare needs --keep FOLDER: what it makes would be gone")
     stored = RESULTS / f"{NAME}.json"
     known = {row["model"]: row for row in json.loads(stored.read_text())["models"]} if stored.is_file() else {}
     for name in given.models:
         with tempfile.TemporaryDirectory() as scratch:
-            known[name] = measure(name, given.recipes.split(","), given.nncf_python, given.seconds, Path(scratch))
+            folder = Path(scratch) if given.keep is None else given.keep / name
+            folder.mkdir(parents=True, exist_ok=True)
+            recipes = given.recipes.split(",")
+            measured = measure(name, recipes, given.nncf_python, given.seconds, folder, prepare=given.prepare)
+        if measured is None:
+            continue
+        known[name] = measured
         models = [known[model] for model in MODELS if model in known]
         write(NAME, {"models": models})
         draw(models)

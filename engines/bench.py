@@ -2,7 +2,8 @@
 
 A contestant is a command that speaks the protocol of :mod:`lehr.runtime.timing`. All run on the same inputs. In each
 round each evaluates a few times while the others wait, so that a disturbance meets all of them; what is reported is the
-median of all its evaluations, and the median over rounds of its ratio to the first contestant.
+median of all its evaluations, and the median over rounds of its ratio to the first contestant. A loop evaluates many
+times in a row, with its weights in the caches and its threads awake, so evaluations of milliseconds have longer turns.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
 LOOPS = 3
-LEAST_ROUNDS, EVALUATIONS = 5, 4  # of each contestant and round; one more before them refills the caches
+LEAST_ROUNDS = 5
+EVALUATIONS, MOST_EVALUATIONS = 4, 40  # of each contestant and round
+TURN_S = 0.1  # for as many evaluations as fit
+WARMING = 5  # one in so many evaluations of a turn, the first ones, refills the caches and does not count
 _TAIL = 400  # characters of what a process that failed said last
 
 
@@ -207,15 +211,20 @@ def compare(
 def _rounds(running: Sequence[Process], seconds: float, progress: Progress) -> list[list[list[float]]]:
     """For each process, the seconds of each round's evaluations."""
     times: list[list[list[float]]] = [[] for _ in running]
-    for process in running:
-        process.ask(evaluations=2)
+    turns = [turn_of(process.ask(evaluations=3)[-1]) for process in running]
     progress(f"measuring {len(running)} in turn")
     begun = time.monotonic()
     while running and (len(times[0]) < LEAST_ROUNDS or time.monotonic() - begun < seconds):
         order = range(len(running)) if len(times[0]) % 2 == 0 else reversed(range(len(running)))
         for k in order:
-            times[k].append(running[k].ask(evaluations=1 + EVALUATIONS)[1:])
+            warming = -(-turns[k] // WARMING)
+            times[k].append(running[k].ask(evaluations=warming + turns[k])[warming:])
     return times
+
+
+def turn_of(seconds: float) -> int:
+    """Evaluations that count in a turn of a contestant that needs so long for one."""
+    return min(max(EVALUATIONS, int(TURN_S / seconds)), MOST_EVALUATIONS)
 
 
 def _row(

@@ -1,7 +1,8 @@
 """``--library auto`` where several libraries can build: measure their engines against each other, keep one.
 
-Each is held against the golden data first (level L1), then timed on the same inputs, one evaluation of each in turn,
-so that a disturbance meets all of them. Hoisted results are cached by then: what is timed is the step.
+Each is held against the golden data first (level L1), then timed on the same inputs, in turn, so that a disturbance
+meets all of them. A turn of short evaluations has as many as a loop has, since in a loop caches and threads are warm.
+Hoisted results are cached by then: what is timed is the step.
 
 An engine of ONNX Runtime is tried with waiting threads that sleep and with threads that spin: what waking them costs
 depends on how long operators take, and on the machine.
@@ -32,7 +33,9 @@ from lehr.runtime.recipe import Recipe
 from lehr.runtime.verify import rel_error_limit, step_errors
 from lehr.runtime.whole_loop import LOOP
 
-WARM_UP, ROUNDS, SECONDS = 3, 30, 4.0  # evaluations of each, of which as many as fit into the time; at least three
+WARM_UP = 3  # evaluations of each
+ROUNDS, SECONDS = 30, 4.0  # turns of each, of which as many as fit into the time; at least three
+TURN_S, MOST_EVALUATIONS = 0.03, 20  # a turn's time, for as many evaluations as fit, at least one
 MARGIN = 1.05  # how much faster an engine must be than those before it; less is noise
 # Bytes of an engine that is tried with spinning threads, too. A larger one has larger operators, which hide what waking
 # costs, and would be in memory once more to be tried.
@@ -191,18 +194,26 @@ def _open(bundle: Bundle, candidate: Candidate, recipe: Recipe) -> Denoiser:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each call, one of each in turn."""
+    """Median milliseconds of each call, of which as many as fill a turn run one after the other; the first warms up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    alone = {name: _seconds(call, WARM_UP)[-1] for name, call in calls.items()}
+    turns = {name: min(max(1, int(TURN_S / seconds)), MOST_EVALUATIONS) for name, seconds in alone.items()}
     begun = time.monotonic()
-    for turn in range(WARM_UP + ROUNDS):
-        if turn >= WARM_UP + 3 and time.monotonic() - begun > SECONDS:
+    for turn in range(ROUNDS):
+        if turn >= 3 and time.monotonic() - begun > SECONDS:
             break
         for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn >= WARM_UP:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: round(median(values), 4) for name, values in times.items()}
+            times[name] += _seconds(call, 1 + turns[name])[1:]
+    return {name: round(1e3 * median(values), 4) for name, values in times.items()}
+
+
+def _seconds(call: Callable[[], object], count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return found
 
 
 def _evaluate(denoiser: Denoiser, feeds: Feeds) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lehr.cli import main
-from lehr.engines.bench import Contestant, compare, sqnr_db
+from lehr.engines.bench import EVALUATIONS, MOST_EVALUATIONS, Contestant, compare, sqnr_db, turn_of
 from lehr.engines.roofline import Roof, bound, measured_roof, roof_of, stored_bytes
 from lehr.engines.target import targets
 from lehr.runtime.bundle import Bundle
@@ -172,3 +172,10 @@ def test_peers_run_the_same_model(dit_bundle, capsys):
     for name in ("eager fp32", "torch.compile fp32", "onnxruntime fp32", "openvino f32"):
         assert rows[name]["sqnr_db"] > 100, name
         assert rows[name]["start_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "seconds, evaluations", [(0.001, MOST_EVALUATIONS), (0.01, 10), (0.05, EVALUATIONS), (3, EVALUATIONS)]
+)
+def test_short_evaluations_have_turns_as_long_as_a_loop(seconds: float, evaluations: int) -> None:
+    assert turn_of(seconds) == evaluations

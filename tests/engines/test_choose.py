@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,3 +228,19 @@ def test_the_command_line_shows_what_was_tried(bundle, capsys):
         else:
             assert "kept" in out
             assert all(library in out for library in target("cpu").libraries)
+
+
+def test_short_calls_run_as_often_as_in_a_loop_and_long_ones_once_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "ROUNDS", 3)
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    took = choose.interleaved({"short": lambda: call("short", 0.001), "long": lambda: call("long", 0.04)})
+    assert took["short"] < took["long"]
+    assert order.count("long") == choose.WARM_UP + 3 * (1 + 1)
+    assert order.count("short") > choose.WARM_UP + 3 * (1 + 3)
+    turns = "".join(name[0] for name in order[2 * choose.WARM_UP :])
+    assert re.fullmatch("(s{4,}ll){3}", turns), "one after the other, not mixed"
