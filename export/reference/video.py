@@ -93,7 +93,7 @@ def _dart(number: int, bucket: float, rate: float) -> npt.NDArray[np.float32]:
 
 MODELS: dict[str, tuple[Draw, Schedule]] = {
     "moving-shapes": (shapes, Schedule(steps=3_000, batch=16, learning_rate=2e-3, ratio_mean=0.5)),
-    "flying-darts": (darts, Schedule(steps=1_500, batch=4, learning_rate=2e-3, ratio_mean=0.5)),
+    "flying-darts": (darts, Schedule(steps=2_000, batch=4, learning_rate=2e-3, ratio_mean=1.0)),
 }
 
 
