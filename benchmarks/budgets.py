@@ -7,8 +7,9 @@ Writes benchmarks/results/budgets.json and docs/budgets.png. A budget is the lea
 against eager PyTorch in fp32, the worst of six timesteps, at batch 2. Trained models are evaluated at six places of a
 loop of 20 steps, those with random weights on unit noise: their own loops end nowhere. Engines take turns, each in a
 process of its own (``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe,
-after ``lehr calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16). Lehr and the
-peers calibrate on the same inputs, of other seeds. Peers start from plain ``torch.onnx.export``; NNCF needs a Python
+after ``lehr calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16; "sqnr>=41":
+the cheapest mixture that keeps a loss along the model's own loops). Lehr and the peers calibrate on the same inputs, of
+other seeds. Peers start from plain ``torch.onnx.export``; NNCF needs a Python
 that has it. Models are those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
 ``--keep`` holds what was exported, calibrated and quantised for a later run; ``--prepare`` ends there, so that only
 builds and measurements need a quiet machine.
@@ -125,7 +126,8 @@ def calibrated(name: str, recipes: list[str], data: Path, scratch: Path) -> dict
         if base in ("fp32", "bf16", "bf16-matmul") or stored(recipe) in calibrated_names(Bundle.open(bundle)):
             continue
         started = time.monotonic()
-        words = ["--recipe", base, "--name", stored(recipe), "--data", str(data), *(["--rest", rest] if rest else [])]
+        asked = ["--budget", base] if ">=" in base else ["--recipe", base]
+        words = [*asked, "--name", stored(recipe), "--data", str(data), *(["--rest", rest] if rest else [])]
         problem = lehr("calibrate", str(bundle), *words)
         if problem:
             failed[recipe] = problem
@@ -135,7 +137,7 @@ def calibrated(name: str, recipes: list[str], data: Path, scratch: Path) -> dict
 
 def stored(recipe: str) -> str:
     """What a recipe is called in a bundle."""
-    return recipe.replace("+", "-")
+    return recipe.replace("+", "-").replace(">=", "-")
 
 
 def source_of(name: str, scratch: Path) -> str:
@@ -219,11 +221,11 @@ def measure(
 
 
 def bought(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
-    """The fastest engine of each side within a budget."""
+    """The fastest engine of each side within a budget, by the median of its paired ratios to eager PyTorch."""
     within = [row for row in rows if row.get("step_ms") and row["sqnr_db"] >= budget]
     best = {
         side: min(
-            (row for row in within if row["name"].startswith("lehr ") is mine), key=lambda r: r["step_ms"], default=None
+            (row for row in within if row["name"].startswith("lehr ") is mine), key=lambda r: r["ratio"], default=None
         )
         for side, mine in (("lehr", True), ("peer", False))
     }
@@ -239,7 +241,7 @@ def bought(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
 
 
 def draw(models: list[dict[str, Any]]) -> None:
-    """Time against fidelity, a panel a model."""
+    """Time against fidelity, a panel a model; of each side those bear a name that no other of it beats in both."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -258,6 +260,8 @@ def draw(models: list[dict[str, Any]]) -> None:
             ]
             ax.scatter([min(r["sqnr_db"], 60) for r in rows], [r["ratio"] for r in rows], c=colour, marker=mark, s=28)
             for row in rows:
+                if any(r["ratio"] < row["ratio"] and r["sqnr_db"] > row["sqnr_db"] for r in rows):
+                    continue
                 short = row["name"].removeprefix("lehr ").replace("onnxruntime", "ORT").replace("openvino", "OV")
                 ax.annotate(
                     short.replace("torch.compile", "compile").replace(" (its default)", ""),
@@ -270,6 +274,8 @@ def draw(models: list[dict[str, Any]]) -> None:
         for budget in BUDGETS:
             ax.axvline(budget, color="#dddddd", zorder=0)
         ax.set(title=model["model"], yscale="log", xlabel="SQNR, dB (60 and more at 60)", ylabel="time / eager fp32")
+        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:g}")
     for spare in axes.flat[len(models) :]:
         spare.set_axis_off()
     figure.savefig(PICTURE, dpi=110)

@@ -50,7 +50,7 @@ def session(bundle: Bundle, recipe: str) -> Session:
     if recipe == "fp32":
         return by_openvino(step_graph(bundle), 0)
     model = ir.load(bundle.path(f"calibration/{recipe}/step.onnx"))
-    shift_activations(model)
+    shift_activations(model, signed=(0, 1))
     return by_openvino(model, 0)
 
 

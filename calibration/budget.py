@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -26,22 +26,36 @@ class Measure(str, Enum):
     SSIM = "ssim"
     COSINE = "cosine"
     SCORE_ERROR = "score_error"  # of single evaluations, relative to the score
+    SQNR = "sqnr"  # dB, outputs of single evaluations; the mean over those of a loop
     FID = "fid"  # Fréchet distance to the reference's samples of the same noise, in a network's features
 
     @property
     def higher_is_better(self) -> bool:
         return self not in (Measure.SCORE_ERROR, Measure.FID)
 
+    @property
+    def on_evaluations(self) -> bool:
+        """Whether single evaluations are compared, at the reference's inputs, and not samples."""
+        return self in (Measure.SCORE_ERROR, Measure.SQNR)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Final samples beside the reference's, one value a sample; score error and distance if they were measured."""
+    """Final samples beside the reference's, one value a sample; what else was measured.
+
+    Attributes:
+        psnr_db, snr_db, ssim, cosine: one value a sample.
+        score_error: the mean over single evaluations.
+        sqnr_db: one value an evaluation.
+        fid: of all samples as one distribution.
+    """
 
     psnr_db: tuple[float, ...] = ()
     snr_db: tuple[float, ...] = ()
     ssim: tuple[float, ...] = ()
     cosine: tuple[float, ...] = ()
     score_error: float | None = None
+    sqnr_db: tuple[float, ...] = ()
     fid: float | None = None
 
     @property
@@ -49,7 +63,7 @@ class Losses:
         return len(self.psnr_db)
 
     def values(self, measure: Measure) -> tuple[float, ...]:
-        """One value a sample; of the score error and the distance, which are measured once, one value or none."""
+        """One value a sample or evaluation; of the score error and the distance, which are one number, that or none."""
         if measure in (Measure.SCORE_ERROR, Measure.FID):
             whole = self.score_error if measure is Measure.SCORE_ERROR else self.fid
             return () if whole is None else (whole,)
@@ -58,16 +72,17 @@ class Losses:
             Measure.SNR: self.snr_db,
             Measure.SSIM: self.ssim,
             Measure.COSINE: self.cosine,
+            Measure.SQNR: self.sqnr_db,
         }[measure]
         return values
 
     def mean(self, measure: Measure) -> float:
-        """Over samples; nan where nothing was measured."""
+        """Over samples or evaluations; nan where nothing was measured."""
         values = self.values(measure)
         return math.fsum(values) / len(values) if values else math.nan
 
     def worst(self, measure: Measure) -> float:
-        """Of all samples; nan where nothing was measured."""
+        """Of all samples or evaluations; nan where nothing was measured."""
         values = self.values(measure)
         if not values:
             return math.nan
@@ -83,14 +98,13 @@ class Losses:
         return math.sqrt(variance / len(values))
 
     def extended(self, other: Losses) -> Losses:
-        """These samples and another's; the score error is this one's."""
-        return Losses(
+        """These samples and another's; what is measured once is this one's."""
+        return replace(
+            self,
             psnr_db=self.psnr_db + other.psnr_db,
             snr_db=self.snr_db + other.snr_db,
             ssim=self.ssim + other.ssim,
             cosine=self.cosine + other.cosine,
-            score_error=self.score_error,
-            fid=self.fid,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,13 +114,15 @@ class Losses:
             "ssim": list(self.ssim),
             "cosine": list(self.cosine),
             "score_error": self.score_error,
+            "sqnr_db": list(self.sqnr_db),
             "fid": self.fid,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Losses:
         lists = {name: tuple(map(float, data[name])) for name in ("psnr_db", "snr_db", "ssim", "cosine")}
-        return cls(**lists, score_error=data["score_error"], fid=data.get("fid"))
+        each = tuple(map(float, data.get("sqnr_db", ())))
+        return cls(**lists, score_error=data["score_error"], sqnr_db=each, fid=data.get("fid"))
 
     def summary(self) -> dict[str, Any]:
         """Mean and worst of each measure, for reports."""
@@ -119,7 +135,10 @@ class Losses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """A limit that the mean over held-out samples must keep. ``parse_budget("psnr>=35")`` makes one."""
+    """A limit that the mean over held-out samples must keep. ``parse_budget("psnr>=35")`` makes one.
+
+    On ``sqnr`` and ``score_error`` the mean is over evaluations of a held-out loop; ``fid`` is of all samples together.
+    """
 
     measure: Measure
     limit: float
@@ -136,10 +155,6 @@ class Budget:
         sign = ">=" if self.measure.higher_is_better else "<="
         return f"{self.measure.value}{sign}{self.limit:g}"
 
-    @property
-    def on_score(self) -> bool:
-        return self.measure is Measure.SCORE_ERROR
-
     def margin(self, losses: Losses) -> float:
         """How far the mean is on the good side of the limit; negative if it misses, nan if it was not measured."""
         distance = losses.mean(self.measure) - self.limit
@@ -152,15 +167,15 @@ class Budget:
         """Whether more samples would hardly change the answer: a sequential test on the mean."""
         if self.measure is Measure.FID:
             return False  # of all samples together
-        if self.on_score:
-            return losses.score_error is not None and losses.samples >= LEAST
+        if self.measure.on_evaluations:
+            return bool(losses.values(self.measure)) and losses.samples >= LEAST
         if losses.samples < LEAST:
             return False
         return abs(self.margin(losses)) > CONFIDENCE * losses.standard_error(self.measure)
 
 
 def parse_budget(text: str) -> Budget:
-    """``psnr>=35``, ``ssim>=0.98``, ``cosine>=0.999``, ``snr>=30``, ``score_error<=0.02`` or ``fid<=5``.
+    """Read ``psnr>=35``, ``snr>=30``, ``ssim>=0.98``, ``cosine>=.999``, ``score_error<=.02``, ``sqnr>=40``, ``fid<=5``.
 
     Raises:
         UnknownName: another measure.

@@ -23,7 +23,7 @@ from PIL import Image
 from lehr.calibration.budget import LEAST_FID, Budget, Measure
 from lehr.calibration.calibrate import Calibration, Data, gather, provenance, store
 from lehr.calibration.collected import cache_folder
-from lehr.calibration.configs import Config, Keep, Rounding
+from lehr.calibration.configs import Config, Keep, Rounding, to_nearest
 from lehr.calibration.cost_model import Choices, Costs, Source, static_costs
 from lehr.calibration.end_search import with_schedules
 from lehr.calibration.ends import EndAsked, own_steps, with_ends
@@ -37,7 +37,7 @@ from lehr.calibration.quantize import quantize
 from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of, renamed
 from lehr.calibration.search import Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
-from lehr.calibration.tracks import score_errors
+from lehr.calibration.tracks import evaluation_errors
 from lehr.engines.feature_network import ImageNetwork
 from lehr.engines.portable import portable_denoiser
 from lehr.engines.target import Target
@@ -172,7 +172,7 @@ def calibrate_to_budget(
     problem = Problem(
         budget=wish.budget,
         able={name: tuple(options) for name, options in choices.items()},
-        uniform={name: {layer: name for layer in plan if layer in choices} for name, plan in uniform.items()},
+        uniform={name: as_options(plan, choices) for name, plan in uniform.items()},
         costs=costs,
         apply=apply,
         channel_weights=wish.channel_weights,
@@ -248,16 +248,29 @@ def _needs(name: str, rest: Format) -> set[Format]:
 
 
 def options_of(found: tuple[Layer, ...], recipes: tuple[str, ...]) -> dict[str, dict[str, Config]]:
-    """What each layer can be made: as it is, or as one of some recipes would, whatever its role."""
+    """What each layer can be made: as it is, or as one of some recipes would, whatever its role.
+
+    Where two recipes would make the same of a layer, the option bears the first one's name.
+    """
     choices: dict[str, dict[str, Config]] = {}
     for layer in found:
         options: dict[str, Config] = {KEEP: Keep()}
-        options |= {
-            name: POLICIES[name].configs[layer.kind] for name in recipes if layer.kind in POLICIES[name].configs
-        }
+        for name in recipes:
+            config = POLICIES[name].configs.get(layer.kind)
+            if config is not None and config not in options.values():
+                options[name] = config
         if len(options) > 1:
             choices[layer.name] = options
     return choices
+
+
+def as_options(plan: Mapping[str, Config], choices: Choices) -> dict[str, str]:
+    """Layer -> name of its option, for what a uniform recipe does."""
+    return {
+        layer: next(name for name, option in choices[layer].items() if to_nearest(option) == to_nearest(config))
+        for layer, config in plan.items()
+        if layer in choices
+    }
 
 
 def worst_score_error(bundle: Bundle, held_out: HeldOut, graph: ir.Model) -> float:
@@ -266,7 +279,7 @@ def worst_score_error(bundle: Bundle, held_out: HeldOut, graph: ir.Model) -> flo
     if golden.INDEX_FILE in bundle.manifest.files:
         denoiser = portable_denoiser(bundle, lambda: session, threads=held_out.settings.threads)
         return max(step_errors(denoiser, golden.read(bundle)))
-    return max(score_errors(held_out, held_out.track, session))
+    return max(error.score for error in evaluation_errors(held_out, held_out.track, session))
 
 
 def _quantised(plan: Plan) -> dict[str, str]:

@@ -78,11 +78,11 @@ class WeightOnly:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Int8:
-    """Weight and activation in 8 bits, the product in integers.
+    """Weight and activation in 8 bits, the product in integers. Of attention both products.
 
     Attributes:
         activation: how the activation's range is chosen.
-        zero: of the activation; weights are symmetric always.
+        zero: of the activation, or of attention's probabilities; weights, queries, keys and values are symmetric.
         alphas: exponents tried for moving outliers from the activation into the weight (SmoothQuant,
             arXiv:2211.10438), the best by predicted error is taken; empty for none.
         rounding: of the weight.

@@ -2,8 +2,8 @@
 
 A layer-by-layer search changes what every step computes. Where the loss comes from a few steps, it is cheaper to exempt
 those: with k of n steps in the dear format an evaluation costs (k full + (n - k) cheap) / n on average. The cheapest
-uniform recipe that misses the budget is tried so at either end, and the fewest steps that keep the budget are found by
-bisection, since a step more in the dear format loses less.
+uniform recipe that misses the budget (of several at about its price, the best) is tried so at either end. Since a step
+more in the dear format loses less, bisection finds the fewest steps that keep the budget.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from lehr.calibration.budget import Losses
 from lehr.calibration.execute import OrtGraph, Session
 from lehr.calibration.held_out import HeldOut
 from lehr.calibration.problem import KEEP, Found, Point, Problem
-from lehr.calibration.tracks import score_errors
+from lehr.calibration.tracks import evaluation_errors, evaluation_losses
 from lehr.runtime.precision_schedule import FIRST, LAST, Ends, steps_of
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
+ALIKE = 1.05  # of the cheapest recipe's cost: recipes up to there differ in loss, not in price
 BACK_OFFS = 3  # more steps that are tried where other seeds do not confirm the fewest
 
 
@@ -62,7 +63,8 @@ def with_schedules(
     missing = [p for p in found.points if p.name in problem.uniform and not budget.met(p.losses)]
     if not missing:
         return found  # the cheapest uniform recipe keeps the budget by itself
-    base = min(missing, key=lambda point: point.cost)
+    cheap = ALIKE * min(point.cost for point in missing)
+    base = max((p for p in missing if p.cost <= cheap), key=lambda point: (budget.margin(point.losses), -point.cost))
     price = found.full_cost if found.chosen is None else found.chosen.cost
     timesteps = _timesteps(select)
 
@@ -119,18 +121,16 @@ def _losses(
     )
     switched = Switched(held_out, ends, middle, held_out.reference)
     losses = held_out.measure(switched, budget=None if scored else problem.budget, scored=False)
-    return losses if not (scored or problem.budget.on_score) else _scored(held_out, losses, middle, ends)
+    return losses if not (scored or problem.budget.measure.on_evaluations) else _scored(held_out, losses, middle, ends)
 
 
 def _scored(held_out: HeldOut, losses: Losses, middle: Session, ends: Ends) -> Losses:
-    """With the mean score error of single evaluations, of which those at the ends have none."""
-    errors = score_errors(held_out, held_out.track, middle)
-    calls = held_out.track.calls
-    kept = [
-        0.0 if ends.end_of(call.timestep, ends.timesteps) is not None else error
-        for call, error in zip(calls, errors, strict=True)
-    ]
-    return replace(losses, score_error=sum(kept) / len(kept))
+    """With the errors of single evaluations, at the ends none; SQNR is of those that are left."""
+    errors = evaluation_errors(held_out, held_out.track, middle)
+    exempt = [ends.end_of(call.timestep, ends.timesteps) is not None for call in held_out.track.calls]
+    left = evaluation_losses([error for error, out in zip(errors, exempt, strict=True) if not out])
+    share = 1 - sum(exempt) / len(exempt)
+    return replace(losses, score_error=share * (left.score_error or 0.0), sqnr_db=left.sqnr_db)
 
 
 def _timesteps(held_out: HeldOut) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from lehr.calibration.budget import Budget, Losses
 from lehr.calibration.execute import OrtGraph, Session, Written, hoisted_sessions
-from lehr.calibration.tracks import SCORED, Track, record, score_error
+from lehr.calibration.tracks import SCORED, Track, evaluation_errors, evaluation_losses, record
 from lehr.engines.feature_network import ImageNetwork
 from lehr.runtime import golden
 from lehr.runtime.bundle import Bundle
@@ -150,24 +150,24 @@ class HeldOut:
             graph: a step graph with the signature of the bundle's own, or a session that runs one (which is not
                 cached, since what it computes is not known).
             budget: ends the measurement once this is met or missed beyond doubt.
-            scored: also measure ``score_error``; by default where the budget asks for it.
+            scored: also compare single evaluations; by default where the budget is on them.
             on_batch: told how many of all samples are drawn.
 
         Raises:
             InvalidInput: a graph with another signature.
             RunFailed: the engine library refuses the graph.
         """
-        scored = (budget is not None and budget.on_score) if scored is None else scored
+        scored = (budget is not None and budget.measure.on_evaluations) if scored is None else scored
         written = Written.of(graph) if isinstance(graph, ir.Model) else None
         key = None if written is None else self._key(written)
         if key is not None:
             known = self._recall(key)
-            if known is not None and (not scored or known.score_error is not None) and self._enough(known, budget):
+            if known is not None and (not scored or known.sqnr_db) and self._enough(known, budget):
                 return known
         session = (
             graph if not isinstance(graph, ir.Model) else OrtGraph(written or graph, threads=self.settings.threads)
         )
-        losses = Losses(score_error=score_error(self, self.track, session) if scored else None)
+        losses = evaluation_losses(evaluation_errors(self, self.track, session)) if scored else Losses()
         drawn: list[Array] = []
         for numbers in self._batches():
             more, final = self._losses(session, numbers)

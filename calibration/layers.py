@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lehr.calibration.keep_high import dependents, writers
 from lehr.engines.graph.cost import flops
+from lehr.engines.graph.passes.decompose_attention import plain_attention
 from lehr.runtime.errors import InvalidInput
 
 QUANTISERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
@@ -122,10 +123,15 @@ def layers(model: ir.Model, sizes: Mapping[str, int] | None = None, *, sample: s
     return tuple(found)
 
 
+def probabilities_of(layer: str) -> str:
+    """What the largest of an attention's probabilities, which no tensor of the portable graph holds, is called."""
+    return f"{layer}.probabilities"
+
+
 def kind_of(node: ir.Node) -> Kind | None:
     """The kind of layer that a node is; None for one that cannot be quantised."""
     if node.op_type == "Attention":
-        return Kind.ATTENTION
+        return Kind.ATTENTION if plain_attention(node) else None  # quantisers stand between its pieces
     if node.op_type == "MatMul":
         return Kind.MATMUL if weight_of(node) is not None else Kind.PRODUCT
     if node.op_type == "Gemm" and weight_of(node) is not None and _plain_gemm(node):

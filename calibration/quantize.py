@@ -27,7 +27,7 @@ from lehr.calibration.configs import (
     ZeroPoint,
     config_to_json,
 )
-from lehr.calibration.layers import Kind, Layer, layers
+from lehr.calibration.layers import Kind, Layer, layers, probabilities_of
 from lehr.calibration.numbers import E4M3_LARGEST, INT_LEVELS, affine, scales_of
 from lehr.calibration.observed import Statistics
 from lehr.calibration.rewrite import Rewrite
@@ -54,7 +54,7 @@ _KINDS: dict[type[Any], frozenset[Kind]] = {
     Keep: frozenset(Kind),
     WeightOnly: frozenset({Kind.MATMUL, Kind.CONV}),
     Float4: frozenset({Kind.MATMUL}),
-    Int8: frozenset({Kind.MATMUL, Kind.CONV}),
+    Int8: frozenset({Kind.MATMUL, Kind.CONV, Kind.ATTENTION}),
     Float8: frozenset({Kind.MATMUL, Kind.CONV, Kind.ATTENTION}),
 }
 
@@ -121,6 +121,9 @@ def _keep(rewrite: Rewrite, members: Sequence[Layer], config: Keep) -> None:
 
 
 def _int8(rewrite: Rewrite, members: Sequence[Layer], config: Int8) -> None:
+    if members[0].kind is Kind.ATTENTION:
+        _attention(rewrite, members[0], config)
+        return
     statistics = rewrite.statistics.of(members[0].inputs[0])
     factors = None
     if config.alphas:
@@ -148,8 +151,7 @@ def _weight_only(rewrite: Rewrite, members: Sequence[Layer], config: WeightOnly)
 
 def _float8(rewrite: Rewrite, members: Sequence[Layer], config: Float8) -> None:
     if members[0].kind is Kind.ATTENTION:
-        for layer in members:
-            _float8_attention(rewrite, layer, config)
+        _attention(rewrite, members[0], config)
         return
     statistics = rewrite.statistics.of(members[0].inputs[0])
     scale = scales_of(np.array(statistics.range_of(config.activation)), E4M3_LARGEST)
@@ -161,36 +163,44 @@ def _float8(rewrite: Rewrite, members: Sequence[Layer], config: Float8) -> None:
         rewrite.chosen(layer, config, activation=float(scale), factors=None)
 
 
-def _float8_attention(rewrite: Rewrite, layer: Layer, config: Float8) -> None:
-    """Both products in E4M3: the node is taken apart, since no quantiser fits between its softmax and its product."""
-    node = rewrite.node(layer)
-    widths = [node.inputs[k] for k in range(3)]
-    limits = [rewrite.statistics.of(str(value.name)).range_of(config.activation) for value in widths if value]
+def _attention(rewrite: Rewrite, layer: Layer, config: Int8 | Float8) -> None:
+    """Both products in 8 bits: the node is taken apart, since no quantiser fits between its softmax and its product."""
+    node, statistics = rewrite.node(layer), rewrite.statistics
+    names = [str(value.name) for value in node.inputs[:3] if value is not None]
+    query, key, value = (statistics.of(name).range_of(config.activation) for name in names)
     decompose_attention(rewrite.model, [layer.name])
     pieces = [piece for piece in rewrite.model.graph if (piece.name or "").startswith(f"{layer.name}.")]
-    products = [piece for piece in pieces if piece.op_type == "MatMul"]
-    if len(products) != 2:
-        raise InvalidInput(
-            f"attention {layer.name!r} cannot be taken apart (a cache, a cap, or shared heads), so it has no fp8 form. "
-            "Keep it in the plan."
-        )
-    by_query, by_weights = products
-    query = by_query.inputs[0]
-    factor = 1.0
-    producer = None if query is None else query.producer()
-    if producer is not None and producer.op_type == "Mul":
-        constant = constant_of(producer.inputs[1])
-        factor = abs(float(constant.reshape(-1)[0])) if constant is not None else 1.0
-    scales = [
-        (by_query, 0, limits[0] * factor / E4M3_LARGEST),
-        (by_query, 1, limits[1] / E4M3_LARGEST),
-        (by_weights, 0, SOFTMAX_SCALE),
-        (by_weights, 1, limits[2] / E4M3_LARGEST),
+    by_query, by_probability = (piece for piece in pieces if piece.op_type == "MatMul")
+    query *= _factor(by_query.inputs[0])
+    zero = 0
+    if isinstance(config, Float8):
+        form, steps = Format.FP8, [limit / E4M3_LARGEST for limit in (query, key, value)]
+        probability = np.array(SOFTMAX_SCALE)
+    else:
+        form, steps = Format.INT8, [limit / INT_LEVELS[8] for limit in (query, key, value)]
+        largest = statistics.of(probabilities_of(layer.name)).high
+        own = config.zero is ZeroPoint.OWN
+        probability, zero = affine(0.0, largest) if own else (np.array(largest / INT_LEVELS[8]), 0)
+    scales = [scales_of(np.array(step), 1.0) for step in steps]
+    places = [
+        (by_query, 0, scales[0], 0),
+        (by_query, 1, scales[1], 0),
+        (by_probability, 0, scales_of(np.array(probability), 1.0), zero),
+        (by_probability, 1, scales[2], 0),
     ]
-    for piece, k, scale in scales:
-        value = cast("ir.Value", piece.inputs[k])
-        piece.replace_input_with(k, rewrite.around(value, scales_of(np.array(scale), 1.0), Format.FP8, piece))
-    rewrite.chosen(layer, config, activation=float(limits[0] / E4M3_LARGEST), factors=None)
+    for piece, k, scale, origin in places:
+        source = cast("ir.Value", piece.inputs[k])
+        piece.replace_input_with(k, rewrite.around(source, scale, form, piece, zero=origin))
+    rewrite.chosen(layer, config, activation=float(scales[0]), factors=None, zero=zero)
+
+
+def _factor(scaled: ir.Value | None) -> float:
+    """What queries are multiplied by before their product."""
+    producer = None if scaled is None else scaled.producer()
+    if producer is None or producer.op_type != "Mul":
+        return 1.0
+    constant = constant_of(producer.inputs[1])
+    return abs(float(constant.reshape(-1)[0])) if constant is not None else 1.0
 
 
 HANDLERS: dict[type[Any], Handler] = {

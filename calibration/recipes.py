@@ -3,7 +3,7 @@
 What a layer is decides, never its name. The first and the last layer and whatever does not depend on the sample stay
 as they are in all but the weight-only recipes: they hold a per cent of the arithmetic and most of the error. fp8 also
 keeps shortcuts, which carry a residual stream past other layers. Norms,
-softmax and sums are never quantised: they are no layers; fp8 rounds the softmax's result, because its product is fp8.
+softmax and sums are never quantised: they are no layers; the softmax's result is rounded where its product is.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Policy:
 _INT8 = Int8()
 _SMOOTH = Int8(alphas=ALPHAS, rounding=Rounding.GPTQ)
 _ASYM = Int8(zero=ZeroPoint.OWN, alphas=ALPHAS, rounding=Rounding.GPTQ)
+_PROBABILITIES = Int8(zero=ZeroPoint.OWN)
 _W8 = WeightOnly(format=Format.INT8, rounding=Rounding.GPTQ)
 _F8 = Float8(rounding=Rounding.GPTQ)
 _W4 = WeightOnly(format=Format.INT4, block=INT4_BLOCK, alphas=ALPHAS, rounding=Rounding.GPTQ)
@@ -66,6 +67,11 @@ POLICIES: Mapping[str, Policy] = {
     # Convolutions of single pixels are 5 % of the arithmetic of a latent U-Net and cost its output 2 dB: 28.0 dB with
     # them, 28.5 without shortcuts, 30.0 without any (36M parameters, 32x32, weights rounded to nearest).
     "int8-asym": Policy(configs={Kind.MATMUL: _ASYM, Kind.CONV: _ASYM}, keep=_ENDS | {Role.SHORTCUT, Role.POINTWISE}),
+    "int8-asym-attention": Policy(
+        configs={Kind.MATMUL: _ASYM, Kind.CONV: _ASYM, Kind.ATTENTION: _PROBABILITIES},
+        keep=_ENDS | {Role.SHORTCUT, Role.POINTWISE},
+    ),
+    "int8-attention": Policy(configs={Kind.ATTENTION: _PROBABILITIES}),
     "int8-weight": Policy(configs={Kind.MATMUL: _W8, Kind.CONV: _W8}, keep=frozenset({Role.LAST})),
     "int4-weight": Policy(configs={Kind.MATMUL: _W4, Kind.CONV: _W4}),
     # Three bits of mantissa for a whole residual stream are too few: on digits-adm its seven shortcuts, 3 % of the

@@ -6,7 +6,8 @@ some price m of a unit of loss are therefore found layer by layer, and they are 
 plans. The search
 
 1. measures the uniform recipes, the bar to pass;
-2. predicts what each layer loses in each option, and measures the ones that weigh most in whole loops;
+2. predicts what each layer loses in each option, and measures the ones that weigh most in whole loops (where the
+   budget is on single evaluations, these are measured, and nothing need be predicted);
 3. finds the price at which a plan just keeps the budget, measuring each plan on held-out seeds;
 4. takes single layers to cheaper options as long as the measured loss allows it;
 5. confirms the result on seeds that had no part in the choice, and backs off if they disagree.
@@ -126,7 +127,7 @@ class _Search:
         if key not in self.points:
             self._check_time()
             graph = self.problem.apply(_quantised(plan))
-            scored = self.problem.budget.on_score
+            scored = self.problem.budget.measure.on_evaluations
             losses = self.select.measure(graph, budget=self.problem.budget if early else None, scored=scored)
             self.points[key] = Point(name=name, plan=dict(plan), cost=self.problem.costs.of(plan), losses=losses)
             point = self.points[key]
@@ -171,7 +172,8 @@ class _Search:
         probe = max(self.points.values(), key=lambda point: self.problem.budget.margin(point.losses))
         self._check_time()
         self.progress(f"sensitivity of {len(options)} layers")
-        few = sum(map(len, options.values())) <= MAX_SINGLES
+        alone = self.problem.budget.measure.on_evaluations  # then no loop tells more than an evaluation
+        few = not alone and sum(map(len, options.values())) <= MAX_SINGLES
         self.sensitivity = found = measure_sensitivity(
             self.select,
             options,
@@ -181,7 +183,7 @@ class _Search:
             deadline=self.deadline,
             also=self._single if few else None,
         )
-        effect = found.effect().mean(axis=-1)
+        effect = (found.noise() if alone else found.effect()).mean(axis=-1)
         predicted = {
             (layer, option): float(effect[found.layers.index(layer), found.options.index(option)])
             for layer, able in options.items()
@@ -189,7 +191,7 @@ class _Search:
         }
         if any(math.isnan(value) for value in predicted.values()):
             raise _TimeIsUp
-        for key in sorted(predicted, key=lambda k: (-predicted[k], k))[:MAX_SINGLES]:
+        for key in sorted(predicted, key=lambda k: (-predicted[k], k))[: 0 if alone else MAX_SINGLES]:
             if key not in self.singles:
                 self._check_time()
                 graph = OrtGraph(self.problem.apply(dict([key])), threads=self.select.settings.threads)
@@ -249,7 +251,9 @@ class _Search:
     def _nothing(self) -> Point:
         """The plan that quantises nothing and loses nothing."""
         perfect = (999.0,)
-        same = Losses(psnr_db=perfect, snr_db=perfect, ssim=(1.0,), cosine=(1.0,), score_error=0.0, fid=0.0)
+        same = Losses(
+            psnr_db=perfect, snr_db=perfect, ssim=(1.0,), cosine=(1.0,), score_error=0.0, sqnr_db=perfect, fid=0.0
+        )
         plan = dict.fromkeys(self.problem.able, KEEP)
         return Point(name="nothing", plan=plan, cost=self.problem.costs.of(plan), losses=same)
 

@@ -59,6 +59,7 @@ class Sensitivity:
         gains: (P,) the table's error gains g.
         response: (P, B) h, the loop's response.
         errors: (L, O, P, B) mean squared error of the output; nan where a layer has not the option, or time ran out.
+        probe: (P, B) the same of a graph with errors of the usual kind and size.
     """
 
     layers: tuple[str, ...]
@@ -69,10 +70,20 @@ class Sensitivity:
     gains: Array
     response: Array
     errors: Array
+    probe: Array
 
     def effect(self) -> Array:
         """(L, O, B): predicted mean squared error of the final samples with one layer quantised."""
         return np.asarray((self.weights[:, None] * self.response**2 * self.errors).sum(axis=2))
+
+    def noise(self) -> Array:
+        """(L, O, B): error of single evaluations over a usual graph's, the mean over evaluations.
+
+        A mean of decibels over evaluations falls, to first order, by the mean of their noise's relative growth.
+        """
+        usual = np.maximum(self.probe, np.finfo(np.float64).tiny)
+        share = self.weights / self.weights.sum()
+        return np.asarray((share[:, None] * self.errors / usual).sum(axis=2))
 
     def by_timestep(self, option: str) -> Array:
         """(L, P): the same by point, root mean square over samples: how far evaluations there move the result."""
@@ -88,6 +99,7 @@ class Sensitivity:
             "gains": self.gains,
             "response": self.response,
             "errors": self.errors,
+            "probe": self.probe,
         }
 
 
@@ -128,7 +140,8 @@ def measure_sensitivity(
     scale = channel_scale(channel_weights, track.final.shape[1], track.final.ndim)
     threads = held_out.settings.threads
     gauge = OrtGraph(probe, threads=threads)
-    response = measure_response(held_out, track, gauge, chosen, scale=scale, deadline=deadline)
+    sizes = output_errors(held_out, track, gauge, chosen, scale=scale)
+    response = measure_response(held_out, track, gauge, chosen, sizes, scale=scale, deadline=deadline)
     errors = np.full((len(names), len(kinds), len(chosen), len(track.final)), np.nan)
     jobs = [(layer, option) for layer, able in options.items() for option in able]
     for layer, option in jobs:
@@ -148,6 +161,7 @@ def measure_sensitivity(
         gains=track.gains[list(chosen)],
         response=response,
         errors=errors,
+        probe=sizes,
     )
 
 
@@ -188,16 +202,16 @@ def measure_response(
     track: Track,
     gauge: Session,
     points: Sequence[int],
+    sizes: Array,
     *,
     scale: Array | float = 1.0,
     deadline: float | None = None,
 ) -> Array:
-    """(P, B): how far the loop carries an error of each point, for errors as ``gauge`` makes them.
+    """(P, B): how far the loop carries an error of each point, for errors as ``gauge`` makes them, (P, B) in size.
 
     Raises:
         OutOfTime: the deadline passed.
     """
-    sizes = output_errors(held_out, track, gauge, points, scale=scale)
     response = np.zeros(sizes.shape)
     for row, point in enumerate(points):
         if deadline is not None and time.monotonic() > deadline:

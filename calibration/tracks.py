@@ -8,17 +8,18 @@ Shape legend: B samples of the track, … the sample.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lehr.calibration.budget import Losses
 from lehr.calibration.execute import Session
 from lehr.runtime.errors import InvalidInput
 from lehr.runtime.loop import Step
-from lehr.runtime.parity import WORST, relative_error, score
+from lehr.runtime.parity import WORST, relative_error, score, sqnr_db
 
 if TYPE_CHECKING:
     from lehr.calibration.held_out import HeldOut
@@ -146,23 +147,36 @@ def replay(held_out: HeldOut, track: Track, session: Session, evaluations: Colle
     return outputs
 
 
-def score_errors(held_out: HeldOut, track: Track, session: Session) -> list[float]:
-    """Relative score error of each call, the worst sample's.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationError:
+    """Another step graph's answer to one recorded call, beside the recorded output.
 
-    Where alpha is 0 the score does not depend on the network; there the outputs are compared.
+    Attributes:
+        score: relative error of the score, the worst sample's. Where alpha is 0 the score does not depend on the
+            network; there the outputs are compared.
+        sqnr_db: signal to quantisation noise of the outputs, all samples together.
     """
-    errors, channels = [], held_out.spec.sample_shape(1)[1]
+
+    score: float
+    sqnr_db: float
+
+
+def evaluation_errors(held_out: HeldOut, track: Track, session: Session) -> list[EvaluationError]:
+    """Of each call of a track."""
+    found, channels = [], held_out.spec.sample_shape(1)[1]
     for call in track.calls:
         pair = [out[:, :channels].astype(np.float64) for out in (call.output, only(session.run(call.feeds)))]
+        ratio = sqnr_db(*pair)
         if call.alpha != 0:
             pair = [score(held_out.spec.prediction, call.alpha, call.sigma, call.sample, out) for out in pair]
-        errors.append(relative_error(pair[0], pair[1]))
-    return errors
+        found.append(EvaluationError(score=relative_error(*pair), sqnr_db=ratio))
+    return found
 
 
-def score_error(held_out: HeldOut, track: Track, session: Session) -> float:
-    """Mean over a track's calls of :func:`score_errors`."""
-    return min(float(np.mean(score_errors(held_out, track, session))), WORST)
+def evaluation_losses(errors: Sequence[EvaluationError]) -> Losses:
+    """Of some evaluations."""
+    mean = min(float(np.mean([error.score for error in errors])), WORST)
+    return Losses(score_error=mean, sqnr_db=tuple(error.sqnr_db for error in errors))
 
 
 def only(outputs: Mapping[str, Array]) -> Array:

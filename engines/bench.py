@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lehr.runtime.errors import RunFailed
-from lehr.runtime.parity import decibels
+from lehr.runtime.parity import sqnr_db
 from lehr.runtime.timing import MARK
 
 Array = npt.NDArray[Any]
@@ -238,20 +238,10 @@ def _row(
         step_ms=round(float(np.median(every)), 4),
         p90_ms=round(float(np.quantile(every, 0.9)), 4),
         ratio=round(float(np.median(ratios)), 4),
-        sqnr_db=sqnr,
+        sqnr_db=round(sqnr, 2),
         start_s=round(process.start_s, 3),
         peak_mb=round(peak, 1),
         engine_mb=round(peak - base, 1),
         bytes=process.contestant.size,
         loop_s=None if loop_s is None else round(loop_s, 4),
     )
-
-
-def sqnr_db(reference: Array, output: Array) -> float:
-    """Signal to quantisation noise of an evaluation: 10 log10(Σ ref² / Σ (ref - x)²); 999 for equal arrays.
-
-    Outputs with more channels than the reference (a learned variance) are compared in the reference's.
-    """
-    wide = reference.astype(np.float64)
-    error = output[:, : reference.shape[1]].reshape(reference.shape) - wide
-    return round(decibels(float(np.sum(wide**2)), float(np.sum(error**2))), 2)

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from lehr.engines.graph.passes.decompose_norms import decompose_norms
+from lehr.engines.onnxruntime_cpu import IN_PIECES
 from lehr.runtime.backends import Session
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.engine import EngineRecord
@@ -103,6 +105,7 @@ def graph_session(file: Path, wanted: Sequence[str], *, threads: int = 0) -> Ses
     have = {value.name for value in model.graph.outputs}
     by_name = {out.name: out for node in model.graph for out in node.outputs if out.name}
     model.graph.outputs.extend([by_name[name] for name in wanted if name in by_name and name not in have])
+    decompose_norms(model, IN_PIECES)  # an engine has none left; what it is held against must keep its digits, too
     options = session_options({"intra_op_threads": threads, "spinning": False})
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))

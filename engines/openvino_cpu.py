@@ -49,6 +49,7 @@ INTEGERS = frozenset({"i8", "u8"})
 STORED = frozenset({"i4", "u4"})  # what a product with 4-bit weights is said to compute in: it widens them first
 FLOATING = frozenset({"f64", "f32", "f16", "bf16"})
 ARITHMETIC = frozenset({"FullyConnected", "MatMul", "Convolution", "Deconvolution", "ScaledDotProductAttention"})
+FUSED = "Subgraph"  # code generated for a few operators; attention, where a softmax is among them
 # Neither computes: what goes in and out, sizes, and changes of layout or type that the plugin inserts.
 SILENT = frozenset({"Input", "Output", "Const", "ShapeOf", "Reorder", "Convert"})
 # Hands elements on as they are stored: rows of a 16-bit embedding table are widened after they were picked, not before.
@@ -142,10 +143,11 @@ def _inspect(
         kind, element = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
         if kind in SILENT:
             continue
-        operators[kind + INTEGER_MARK if kind in ARITHMETIC and element in INTEGERS else kind] += 1
-        if kind in ARITHMETIC:
+        multiplies = kind in ARITHMETIC or (kind == FUSED and "Softmax" in info["originalLayersNames"].astype(str))
+        operators[kind + INTEGER_MARK if multiplies and element in INTEGERS else kind] += 1
+        if multiplies:
             arithmetic[element] += 1
-        if kind not in PICKS and (element in FLOATING or (kind in ARITHMETIC and element in TYPES)):
+        if kind not in PICKS and (element in FLOATING or (multiplies and element in TYPES)):
             types[element] += 1
             if element not in {"f32", "f64", asked, *also}:
                 foreign[f"{kind} in {element}"] += 1

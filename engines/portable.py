@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from lehr.engines.onnxruntime_cpu import lowered
+from lehr.engines.onnxruntime_cpu import IN_PIECES, lowered
 from lehr.runtime.backends import Session
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.denoiser import Denoiser
@@ -44,7 +45,7 @@ def portable_denoiser(bundle: Bundle, load_step: LoadStep | None = None, *, thre
 def portable_session(graph: Path | bytes, weights: Path | None = None, *, threads: int = 0) -> Session:
     """A portable graph in ONNX Runtime, without an engine of it.
 
-    Group norms of a file run in pieces, as they do in engines: ONNX Runtime 1.31 spells the operator out with the
+    Group norms run in pieces, as they do in engines: ONNX Runtime 1.31 spells the operator out with the
     variance as the mean of squares less the square of the mean, which loses all its digits where the mean of a group
     is far from zero.
 
@@ -61,7 +62,7 @@ def portable_session(graph: Path | bytes, weights: Path | None = None, *, thread
 
     import onnxruntime as ort  # isort: skip
 
-    given, folder = (graph, weights) if isinstance(graph, bytes) else (lowered(graph)[0], graph.parent)
+    given, folder = (lowered(graph)[0], graph.parent) if isinstance(graph, Path) else (_in_pieces(graph), weights)
     options = session_options({"intra_op_threads": threads, "spinning": False})
     # In the graph's order a tensor is measured as soon as it is there; ONNX Runtime's default order keeps all of them.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -70,3 +71,18 @@ def portable_session(graph: Path | bytes, weights: Path | None = None, *, thread
         return OnnxRuntimeSession(ort.InferenceSession(given, options, providers=[PROVIDER]))
     except FAILURES as e:
         raise RunFailed(f"ONNX Runtime cannot run the portable graph in {folder}: {e}") from e
+
+
+def _in_pieces(text: bytes) -> bytes:
+    """A copy of a graph with its group norms in pieces; every tensor that it hands out bears its old name."""
+    if not any(name.encode() in text for name in IN_PIECES) or importlib.util.find_spec("onnx_ir") is None:
+        return text
+    import onnx
+    import onnx_ir as ir
+
+    from lehr.engines.graph.passes.decompose_norms import decompose_norms
+
+    model = ir.from_proto(onnx.load_from_string(text))
+    decompose_norms(model, IN_PIECES)
+    made: bytes = ir.to_proto(model).SerializeToString()
+    return made

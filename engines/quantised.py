@@ -21,7 +21,8 @@ from lehr.runtime.recipe import Format, Recipe, Scope
 # Operators of ONNX Runtime that multiply integers; OpenVINO's are marked where they are counted.
 _INTEGER = frozenset({"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QLinearConv", "ConvInteger", "QGemm"})
 INTEGER_MARK = " int8"  # behind the name of an operator that multiplies integers, in a plan's list of operators
-_UNSIGNED = frozenset({"onnxruntime", "openvino"})  # libraries whose int8 kernels want unsigned activations
+# Libraries whose int8 kernels want unsigned activations, and which operands of two activations' products stay signed.
+_UNSIGNED = {"onnxruntime": (1,), "openvino": (0, 1)}
 
 
 def calibrated_files(bundle: Bundle, recipe: Recipe, lowered: Collection[Format], stage: str | None = None) -> set[str]:
@@ -91,7 +92,7 @@ def lower_calibrated(
     bundle.path(f"{folder}/{WEIGHTS}")
     model = ir.load(graph)
     if library in _UNSIGNED:
-        shift_activations(model)
+        shift_activations(model, signed=_UNSIGNED[library])
         restore_weights(model, [ir.DataType.FLOAT4E2M1])
     rest = recipe.rest
     if Format.FP32 not in target.formats:

@@ -46,6 +46,16 @@ def relative_error(reference: Array, other: Array) -> float:
     return min(worst, WORST)
 
 
+def sqnr_db(reference: Array, other: Array) -> float:
+    """Signal to quantisation noise of an evaluation, dB: 10 log10(Σ ref² / Σ (ref - x)²), held within ±999.
+
+    Outputs with more channels than the reference (a learned variance) are compared in the reference's.
+    """
+    wide = reference.astype(np.float64)
+    noise = float(np.sum((other[:, : reference.shape[1]].reshape(reference.shape) - wide) ** 2))
+    return decibels(float(np.sum(wide**2)), noise) if math.isfinite(noise) else -999.0
+
+
 # ---------------------------------------------------------------------------------------------- L2, trajectory
 
 

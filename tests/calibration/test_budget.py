@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def losses(values: list[float], score_error: float | None = None) -> Losses:
         ("ssim>=0.98", Measure.SSIM, 0.98),
         ("cosine>=.5", None, 0.5),
         ("score_error<=2e-2", Measure.SCORE_ERROR, 0.02),
+        ("sqnr>=40dB", Measure.SQNR, 40.0),
     ],
 )
 def test_a_budget_is_read_as_it_is_written(text: str, measure: Measure | None, limit: float) -> None:
@@ -39,7 +41,18 @@ def test_a_budget_is_read_as_it_is_written(text: str, measure: Measure | None, l
 
 
 @pytest.mark.parametrize(
-    "text", ["psnr<=35", "score_error>=0.1", "fid>=2", "fid<=-1", "ssim>=1.5", "score_error<=-1", "35", "psnr>=nan"]
+    "text",
+    [
+        "psnr<=35",
+        "score_error>=0.1",
+        "sqnr<=40",
+        "fid>=2",
+        "fid<=-1",
+        "ssim>=1.5",
+        "score_error<=-1",
+        "35",
+        "psnr>=nan",
+    ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(InvalidInput):
@@ -80,6 +93,19 @@ def test_a_budget_is_met_exactly_where_the_mean_keeps_the_limit(values: list[flo
     assert on_score.met(measured) == (abs(limit) - abs(values[0]) >= 0)
 
 
+def test_a_budget_on_evaluations_is_judged_by_their_mean_and_needs_few_samples() -> None:
+    budget = parse_budget("sqnr>=40")
+    drawn = losses([35.0] * LEAST)
+    assert not budget.met(drawn)  # no evaluation was compared
+    assert not budget.decided(drawn)
+    compared = replace(drawn, sqnr_db=(39.0, 42.0))
+    assert budget.met(compared)
+    assert budget.decided(compared)
+    assert budget.margin(compared) == 0.5
+    assert not budget.met(replace(drawn, sqnr_db=(39.0, 40.9)))
+    assert compared.summary()["sqnr"] == {"mean": 40.5, "worst": 39.0}
+
+
 @given(st.floats(20, 50), st.floats(0.01, 3))
 def test_a_measurement_ends_early_only_where_the_answer_is_clear(mean: float, spread: float) -> None:
     values = [mean + spread * (-1) ** k for k in range(LEAST)]
@@ -91,7 +117,9 @@ def test_a_measurement_ends_early_only_where_the_answer_is_clear(mean: float, sp
 
 
 def test_losses_come_back_from_json_as_they_were() -> None:
-    measured = losses([1.5, 2.25], score_error=0.125)
+    measured = replace(losses([1.5, 2.25], score_error=0.125), sqnr_db=(41.5, 38.25))
     assert Losses.from_json(measured.to_json()) == measured
+    older = {key: value for key, value in measured.to_json().items() if key != "sqnr_db"}
+    assert Losses.from_json(older) == replace(measured, sqnr_db=())
     assert measured.extended(losses([3.0])).psnr_db == (1.5, 2.25, 3.0)
     assert measured.worst(Measure.PSNR) == 1.5

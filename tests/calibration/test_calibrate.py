@@ -48,10 +48,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibrated(dit_bundle: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that is calibrated for int8-sq, int4-weight and nvfp4, and for a variation of int8."""
+    """A bundle that is calibrated for a few recipes, and for a variation of int8."""
     bundle = tmp_path_factory.mktemp("calibrated") / "d.lehr"
     shutil.copytree(dit_bundle, bundle)
-    for name in ("int8-sq", "int4-weight", "nvfp4"):
+    for name in ("int8-sq", "int8-asym-attention", "int4-weight", "nvfp4"):
         calibrate(bundle, data, "--recipe", name)
     calibrate(bundle, data, "--recipe", "int8", "--rest", "bf16", "--name", "fast")
     return bundle
@@ -60,7 +60,7 @@ def calibrated(dit_bundle: Path, data: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_result_is_in_the_bundle_and_says_what_was_done(calibrated: Path) -> None:
     bundle = Bundle.open(calibrated)
     bundle.verify()
-    assert set(calibrated_names(bundle)) == {"int8-sq", "int4-weight", "nvfp4", "fast"}
+    assert set(calibrated_names(bundle)) == {"int8-sq", "int8-asym-attention", "int4-weight", "nvfp4", "fast"}
     found = read_calibrated(bundle, "int8-sq")
     assert found.recipe == recipe("int8-sq")
     assert len(found.record["plan"]) == len(found.record["choices"]) == 24
@@ -82,7 +82,9 @@ def test_the_same_again_gives_the_same_bytes(calibrated: Path, dit_bundle: Path,
 
 
 @pytest.mark.parametrize(
-    ("name", "library"), [("int8-sq", "onnxruntime"), ("int8-sq", "openvino"), ("nvfp4", "openvino")]
+    ("name", "library"),
+    [(name, library) for name in ("int8-sq", "int8-asym-attention") for library in ("onnxruntime", "openvino")]
+    + [("nvfp4", "openvino")],
 )
 def test_an_engine_of_a_calibrated_recipe_meets_what_the_recipe_states(
     calibrated: Path, name: str, library: str
@@ -91,7 +93,7 @@ def test_an_engine_of_a_calibrated_recipe_meets_what_the_recipe_states(
     assert result.exit_code == 0, (result.output, result.exception)
     told = json.loads(result.stdout)
     integers = {"int8", "uint8"} & set(told["achieved_precision"])
-    assert bool(integers) == (name == "int8-sq")
+    assert bool(integers) == name.startswith("int8")
     checked = invoke(verify_command, calibrated, "--recipe", name, "--json")
     levels = json.loads(checked.stdout)["levels"]
     assert checked.exit_code == 0, levels
@@ -100,6 +102,18 @@ def test_an_engine_of_a_calibrated_recipe_meets_what_the_recipe_states(
     assert levels["L1"]["max_rel_error"] > 1e-3  # it is quantised at all
     record = find(Bundle.open(calibrated), "cpu", name)
     assert f"calibration/{name}/weights.safetensors" in record.sources
+
+
+def test_attention_of_an_engine_multiplies_integers_between_its_softmax(calibrated: Path) -> None:
+    record = build(calibrated, target("cpu"), recipe("int8-asym-attention"), library="openvino", threads=1)
+    operators = record.plans["step"].operators
+    assert operators["Subgraph int8"] == 6  # a block each, the softmax inside
+    assert "ScaledDotProductAttention" not in operators
+    assert record.plans["step"].achieved_precision["int8"] > 0.02  # products of weights say uint8
+    bundle = Bundle.open(calibrated)
+    in_floats = {name: count for name, count in operators.items() if name != "Subgraph int8"}
+    with pytest.raises(BuildFailed, match="6 of 30 int8 layers in floating point"):
+        check_achieved(bundle, recipe("int8-asym-attention"), "openvino", in_floats)
 
 
 def test_the_rest_computes_in_what_was_asked_for(calibrated: Path) -> None:

@@ -14,6 +14,7 @@ from lehr.calibration.budget import Losses, Measure, parse_budget
 from lehr.calibration.cost_model import Costs, Source
 from lehr.calibration.end_search import Switched, with_schedules
 from lehr.calibration.problem import KEEP, Found, Point, Problem
+from lehr.calibration.tracks import EvaluationError
 from lehr.runtime.precision_schedule import Ends
 
 STEPS = 20
@@ -32,6 +33,7 @@ class Drawn:
         self.settings = SimpleNamespace(threads=1)
         self.spec = SimpleNamespace(timestep=SimpleNamespace(dtype=SimpleNamespace(numpy=np.dtype(np.float32))))
         self.table = SimpleNamespace(timesteps=np.linspace(1000, 50, STEPS))
+        self.track = SimpleNamespace(calls=[SimpleNamespace(timestep=t) for t in self.table.timesteps])
         self.measured: list[tuple[int, int]] = []
 
     def measure(self, session: Switched, **_: Any) -> Losses:
@@ -78,10 +80,13 @@ def searched(price: float | None, *, shift: float = 0.0, longest: int = STEPS - 
     return made, select
 
 
+EVALUATION = EvaluationError(score=0.01, sqnr_db=30.0)
+
+
 @pytest.fixture(autouse=True)
 def graphs_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_search, "OrtGraph", lambda graph, threads: graph)
-    monkeypatch.setattr(end_search, "_scored", lambda held_out, losses, middle, ends: losses)
+    monkeypatch.setattr(end_search, "evaluation_errors", lambda _, track, __: [EVALUATION] * len(track.calls))
 
 
 @pytest.mark.parametrize("price", [60.0, None])
@@ -92,8 +97,26 @@ def test_the_fewest_steps_that_keep_the_budget_are_exempt(price: float | None) -
     assert made.chosen.cost == pytest.approx((3 * FULL + 17 * CHEAP) / STEPS)
     assert made.confirmed is not None
     assert made.confirmed.mean(Measure.PSNR) == 46
+    assert made.confirmed.sqnr_db == (30.0,) * (STEPS - 3)  # of the evaluations that are quantised
+    assert made.confirmed.score_error == pytest.approx(0.01 * 17 / 20)  # those at the end have none
     assert made.chosen.to_json()["schedule"] == {"last": 3}
     assert len(select.measured) < STEPS  # by bisection
+
+
+def test_of_recipes_at_about_one_price_the_best_gets_the_schedule() -> None:
+    found, problem = found_by_layers(60.0)
+    points = (*found.points, point("int8-sq", CHEAP * 1.01, 44.0), point("int8-weight", CHEAP * 1.5, 44.9))
+    uniform = {name: {"a": "int8"} for name in ("int8", "int8-sq", "int8-weight")}
+    made = with_schedules(
+        replace(found, points=points),
+        Drawn(),  # type: ignore[arg-type]
+        Drawn(),  # type: ignore[arg-type]
+        replace(problem, uniform=uniform),
+        longest=STEPS - 1,
+        progress=lambda _: None,
+    )
+    assert made.chosen is not None
+    assert made.chosen.name.startswith("int8-sq, last")
 
 
 def test_a_choice_that_other_seeds_do_not_confirm_gets_more_steps() -> None:

@@ -11,7 +11,7 @@ import pytest
 from lehr.calibration.budget import parse_budget
 from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import MAX_NUM, MAX_SEED, Fold, HeldOut, Settings
-from lehr.calibration.tracks import record, replay, score_error
+from lehr.calibration.tracks import evaluation_errors, evaluation_losses, only, record, replay
 from lehr.calibration.trajectories import CALIBRATION_SEEDS
 from lehr.ci.distribution import Networks, network_file
 from lehr.engines.feature_network import ImageNetwork
@@ -49,6 +49,7 @@ def test_the_float_graph_loses_nothing_and_draws_what_its_engine_draws(held_out:
     same = held_out.measure(step_graph(held_out.bundle), scored=True)
     assert set(same.psnr_db) == {999.0}
     assert same.score_error == 0.0
+    assert set(same.sqnr_db) == {999.0}
     numbers = [3, 7]
     request = Request(seeds=SMALL.seeds(numbers), num=2, class_labels=numbers, num_inference_steps=SMALL.steps)
     engine = Pipeline.open(dit_bundle)(request)
@@ -63,12 +64,17 @@ def test_a_larger_error_loses_more(held_out: HeldOut) -> None:
     assert little.score_error is not None
     assert much.score_error is not None
     assert 0 < little.score_error < much.score_error
+    assert all(a > b + 20 for a, b in zip(little.sqnr_db, much.sqnr_db, strict=True))
 
 
 def test_a_graph_that_is_not_finite_gets_the_worst_of_every_measure(held_out: HeldOut) -> None:
     broken = held_out.measure(scaled(step_graph(held_out.bundle), float("inf")))
     assert set(broken.psnr_db) == {-999.0}
     assert set(broken.cosine) == {-1.0}
+    session = OrtGraph(scaled(step_graph(held_out.bundle), float("inf")), threads=1)
+    single = evaluation_losses(evaluation_errors(held_out, held_out.track, session))
+    assert single.score_error == WORST
+    assert set(single.sqnr_db) == {-999.0}
 
 
 def test_the_distance_of_distributions_is_zero_for_the_same_samples_and_grows_with_the_error(
@@ -117,6 +123,14 @@ def test_recorded_calls_answered_by_the_reference_give_the_reference_back(held_o
     other = OrtGraph(scaled(step_graph(held_out.bundle), 1.05), threads=1)
     moved = replay(held_out, track, other, {1})[1]
     assert not np.allclose(moved, track.outputs[1])
-    assert score_error(held_out, track, held_out.reference) == 0.0
+    exact = evaluation_losses(evaluation_errors(held_out, track, held_out.reference))
+    assert exact.score_error == 0.0
+    assert set(exact.sqnr_db) == {999.0}
+    errors = evaluation_errors(held_out, track, other)
+    for call, error in zip(track.calls, errors, strict=True):
+        wide = call.output.astype(np.float64)
+        noise = only(other.run(call.feeds)) - wide
+        assert error.sqnr_db == pytest.approx(10 * np.log10((wide**2).sum() / (noise**2).sum()))
+    assert evaluation_losses(errors).sqnr_db == tuple(error.sqnr_db for error in errors)
     with pytest.raises(InvalidInput, match="one batch"):
         record(held_out, SMALL.batch + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from hypothesis.extra import numpy as hnp
 from lehr.calibration.collected import Trajectories
 from lehr.calibration.columns import columns
 from lehr.calibration.configs import Range, ZeroPoint
+from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.histogram import BINS, HIGH, LOW, bins_of, count_by_channel, edges, range_of, squared_error
+from lehr.calibration.layers import Kind, layers, probabilities_of
 from lehr.calibration.observers import Statistics, TensorStatistics, observe
 from lehr.calibration.trajectories import collect
+from lehr.engines.portable import portable_denoiser
 from lehr.runtime.bundle import Bundle
 from lehr.runtime.errors import InvalidInput
 
@@ -211,6 +215,40 @@ def test_the_products_of_inputs_have_their_mean_squares_on_the_diagonal(observed
     assert np.allclose(np.diag(gram), square, rtol=1e-4)
     assert np.allclose(gram, gram.T)
     assert observed.grams["x_embedder.proj/Conv"].shape == (16, 16)
+
+
+class Listening:
+    """The step graph, and what attention's queries and keys are as it runs."""
+
+    def __init__(self, bundle: Bundle, names: list[str]) -> None:
+        model = step_graph(bundle)
+        values = {str(value.name): value for node in model.graph for value in node.outputs}
+        model.graph.outputs.extend(values[name] for name in names)
+        self.names, self.taken = names, []
+        self._session = OrtGraph(model, threads=1)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = dict(self._session.run(feeds))
+        self.taken.append([outputs.pop(name).astype(np.float64) for name in self.names])
+        return outputs
+
+
+def test_the_largest_probability_of_attention_is_observed_and_nothing_else_of_it(
+    drawn: tuple[Bundle, Trajectories], observed: Statistics
+) -> None:
+    bundle, data = drawn
+    layer = next(one for one in layers(step_graph(bundle)) if one.kind is Kind.ATTENTION)
+    session = Listening(bundle, list(layer.inputs[:2]))
+    denoiser = portable_denoiser(bundle, lambda: session)
+    for evaluation in data.evaluations():
+        denoiser.with_variance(evaluation.sample, evaluation.timestep, evaluation.conditions)
+    largest = 0.0
+    for query, key in session.taken:
+        logits = np.exp(query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1]))
+        largest = max(largest, float((logits / logits.sum(axis=-1, keepdims=True)).max()))
+    found = observed.of(probabilities_of(layer.name))
+    assert found.high == pytest.approx(largest, rel=1e-4)
+    assert found.histogram.sum() == len(session.taken)  # one number an evaluation
 
 
 def test_little_memory_takes_more_runs_and_gives_the_same(

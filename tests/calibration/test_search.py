@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -20,14 +21,17 @@ from hypothesis import strategies as st
 from lehr.calibration import budgeted
 from lehr.calibration import search as module
 from lehr.calibration.budget import Budget, Losses, Measure
-from lehr.calibration.budgeted import options_of, recipes_for, saved
+from lehr.calibration.budgeted import as_options, options_of, recipes_for, saved
 from lehr.calibration.configs import Int8, Keep, WeightOnly
 from lehr.calibration.cost_model import GPU, Costs, Source, bits, rates, static_costs
-from lehr.calibration.execute import step_graph
+from lehr.calibration.execute import OrtGraph, step_graph
+from lehr.calibration.held_out import HeldOut, Settings
 from lehr.calibration.layers import Kind, Layer, layers
 from lehr.calibration.pictures import draw_front
 from lehr.calibration.problem import KEEP, Found, Problem
+from lehr.calibration.recipes import plan_of
 from lehr.calibration.search import combined, search, thinned
+from lehr.calibration.tracks import evaluation_errors, evaluation_losses
 from lehr.commands.calibrate import command
 from lehr.engines.target import target
 from lehr.runtime.bundle import Bundle
@@ -56,16 +60,20 @@ class Additive:
         self.measured += 1
         time.sleep(self.seconds)
         value = self.psnr(plan)
-        return Losses(psnr_db=(value,) * 4, snr_db=(value,) * 4, ssim=(1.0,) * 4, cosine=(1.0,) * 4, score_error=0.01)
+        four = (value,) * 4
+        return Losses(psnr_db=four, snr_db=four, ssim=(1.0,) * 4, cosine=(1.0,) * 4, score_error=0.01, sqnr_db=four)
 
 
 def additive(
-    errors: Mapping[tuple[str, str], float], costs: Mapping[str, Mapping[str, float]], limit: float
+    errors: Mapping[tuple[str, str], float],
+    costs: Mapping[str, Mapping[str, float]],
+    limit: float,
+    measure: Measure = Measure.PSNR,
 ) -> tuple[Problem, Additive]:
     able = {layer: tuple(options) for layer, options in costs.items()}
     names = dict.fromkeys(option for options in able.values() for option in options if option != KEEP)
     problem = Problem(
-        budget=Budget(measure=Measure.PSNR, limit=limit),
+        budget=Budget(measure=measure, limit=limit),
         able=able,
         uniform={name: dict.fromkeys(able, name) for name in names},
         costs=Costs(source=Source.STATIC, unit="MAC", where="cpu", values=costs),
@@ -85,14 +93,15 @@ def exact_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         kinds = tuple(dict.fromkeys(o for able in options.values() for o in able))
         for layer, able in options.items():
             for option in able:
-                rest["also"](layer, option, select.errors[layer, option])
+                if rest["also"] is not None:
+                    rest["also"](layer, option, select.errors[layer, option])
         effect = np.array([[[select.errors.get((layer, o), np.nan)] for o in kinds] for layer in options])
-        return SimpleNamespace(layers=tuple(options), options=kinds, effect=lambda: effect)
+        return SimpleNamespace(layers=tuple(options), options=kinds, effect=lambda: effect, noise=lambda: effect)
 
     monkeypatch.setattr(module, "measure_sensitivity", exact)
 
 
-def problem_of(seed: int, limit: float, count: int = 5) -> tuple[Problem, Additive]:
+def problem_of(seed: int, limit: float, count: int = 5, measure: Measure = Measure.PSNR) -> tuple[Problem, Additive]:
     draw = np.random.default_rng(seed)
     layers_ = [f"l{k}" for k in range(count)]
     errors: dict[tuple[str, str], float] = {}
@@ -101,7 +110,7 @@ def problem_of(seed: int, limit: float, count: int = 5) -> tuple[Problem, Additi
         size, weight = draw.uniform(1, 20), 10 ** draw.uniform(-6, -3)
         errors |= {(name, "w8"): weight, (name, "i8"): weight * draw.uniform(3, 300)}
         costs[name] = {KEEP: size, "w8": size * 0.8, "i8": size * 0.3}
-    return additive(errors, costs, limit)
+    return additive(errors, costs, limit, measure)
 
 
 def cheapest(problem: Problem, network: Additive) -> float:
@@ -114,17 +123,20 @@ def cheapest(problem: Problem, network: Additive) -> float:
     return min(kept)
 
 
-@given(st.integers(0, 10**6), st.floats(22, 55))
+@given(st.integers(0, 10**6), st.floats(22, 55), st.sampled_from([Measure.PSNR, Measure.SQNR]))
 @settings(max_examples=25)
-def test_what_is_found_keeps_the_budget_and_is_close_to_the_cheapest_there_is(seed: int, limit: float) -> None:
-    problem, network = problem_of(seed, limit)
+def test_what_is_found_keeps_the_budget_and_is_close_to_the_cheapest_there_is(
+    seed: int, limit: float, measure: Measure
+) -> None:
+    problem, network = problem_of(seed, limit, measure=measure)
     found = search(network, network, problem)  # type: ignore[arg-type]
     if found.chosen is None:
         assert found.full_cost <= 1.25 * cheapest(problem, network)  # nothing that is much cheaper keeps it
         return
     assert found.finished
     assert found.confirmed is not None
-    assert found.confirmed.mean(Measure.PSNR) >= limit
+    assert found.confirmed.mean(measure) >= limit
+    assert bool(found.singles) == (measure is Measure.PSNR)  # single layers draw samples for a budget on samples
     assert found.chosen.cost <= 1.25 * cheapest(problem, network)
     if found.best_uniform is not None:
         assert found.chosen.cost <= found.best_uniform.cost
@@ -235,7 +247,13 @@ def test_layers_may_take_what_recipes_would_make_of_them_whatever_their_role(dit
     choices = options_of(found, names)
     assert all(next(iter(options)) == KEEP for options in choices.values())
     assert any(one.roles and one.name in choices for one in found)
-    assert not any(one.kind is Kind.ATTENTION and one.name in choices for one in found)
+    attention = [set(choices[one.name]) for one in found if one.kind is Kind.ATTENTION]
+    assert attention
+    assert all(options == {KEEP, "int8-asym-attention"} for options in attention)
+    products = [set(choices[one.name]) for one in found if one.kind is Kind.MATMUL]
+    assert not any("int8-asym-attention" in options for options in products)  # the same as int8-asym, which is there
+    uniform = as_options(plan_of("int8-asym-attention", found), choices)
+    assert set(uniform.values()) == {"int8-asym", "int8-asym-attention"}
     with pytest.raises(InvalidInput, match="rtx-20"):
         recipes_for(target("rtx-20"), Format.FP32, found)
 
@@ -278,6 +296,21 @@ def test_a_budget_becomes_a_recipe_in_the_bundle_with_the_same_bytes_each_time(
         assert {"front.png", "sensitivity.png", "step.onnx"} <= {Path(f).name for f in files}
         hashes.append({f: opened.manifest.files[f].sha256 for f in files})
     assert hashes[0] == hashes[1]
+
+
+def test_a_budget_on_evaluations_is_kept_by_those_of_other_loops(
+    dit_bundle: Path, tmp_path: Path, few_options: None
+) -> None:
+    bundle = tmp_path / "d.lehr"
+    shutil.copytree(dit_bundle, bundle)
+    done = run(bundle, tmp_path, "--budget", "sqnr>=20", "--name", "evaluations")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["confirmed"]["sqnr"]["mean"] >= 20
+    few = Settings(num=4, steps=3, seed=9, batch=4, threads=1)
+    held_out = HeldOut(Bundle.open(bundle), few)
+    session = OrtGraph(ir.load(bundle / "calibration" / "evaluations" / "step.onnx"), threads=1)
+    found = evaluation_losses(evaluation_errors(held_out, held_out.track, session))
+    assert 19 < found.mean(Measure.SQNR) < 100
 
 
 def test_an_impossible_budget_exits_with_one_and_stores_nothing(

@@ -81,6 +81,12 @@ def test_fewer_bits_hurt_more_in_every_layer(found: Sensitivity) -> None:
     assert (effect[:, found.options.index("three bits")] > effect[:, found.options.index("six bits")]).all()
 
 
+def test_the_noise_of_all_layers_adds_up_to_that_of_the_whole_graph(found: Sensitivity) -> None:
+    """The probe has every one of these layers in six bits, so their shares of its noise come to about one."""
+    shares = found.noise()[:, found.options.index("six bits")].sum(axis=0)
+    assert ((shares > 0.6) & (shares < 1.6)).all()
+
+
 def test_nothing_answers_to_the_last_evaluation_so_its_response_is_its_gain(found: Sensitivity) -> None:
     assert found.points[-1] == 4
     assert np.allclose(found.response[-1], abs(found.gains[-1]), rtol=1e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lehr.cli import main
-from lehr.engines.bench import EVALUATIONS, MOST_EVALUATIONS, Contestant, compare, sqnr_db, turn_of
+from lehr.engines.bench import EVALUATIONS, MOST_EVALUATIONS, Contestant, compare, turn_of
 from lehr.engines.roofline import Roof, bound, measured_roof, roof_of, stored_bytes
 from lehr.engines.target import targets
 from lehr.runtime.bundle import Bundle
@@ -73,12 +73,6 @@ def test_a_contestant_that_fails_is_a_row_with_its_reason_and_stops_nobody(input
     assert rows[1].ratio == 1
     assert not rows[1].reason
     assert "ValueError: x" in rows[2].reason
-
-
-def test_the_reference_decides_the_error_and_extra_channels_are_left_out():
-    reference = np.ones((2, 1, 2, 2), np.float32)
-    learned = np.concatenate([reference * 1.1, np.full_like(reference, 50)], axis=1)
-    assert sqnr_db(reference, learned) == pytest.approx(20, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the roof

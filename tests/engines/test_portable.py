@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lehr.calibration.execute import OrtGraph
+from lehr.engines.marked import graph_session
 from lehr.engines.onnxruntime_cpu import lowered
 from lehr.engines.portable import portable_session
 from lehr.runtime.errors import RunFailed
@@ -42,6 +43,20 @@ def test_group_norms_of_a_file_keep_their_digits(
     file = tmp_path / "g.onnx"
     ir.save(ir.from_onnx_text(GRAPH), file)
     assert relative_error(exact, portable_session(file, threads=1).run(feeds)["y"]) < 1e-4
+
+
+def test_so_do_those_of_copies_that_hand_out_their_tensors(
+    tmp_path: Path, feeds: dict[str, np.ndarray], exact: np.ndarray
+) -> None:
+    shown = GRAPH.replace("(float[2, 8, 6, 6] y)", "(float[2, 8, 6, 6] z)").replace(
+        "(x, w, b)", "(x, w, b) z = Relu (y)"
+    )
+    model = ir.from_onnx_text(shown)
+    model.graph.outputs.append(next(node for node in model.graph if node.op_type == "GroupNormalization").outputs[0])
+    session = portable_session(ir.to_proto(model).SerializeToString(), tmp_path, threads=1)
+    assert relative_error(exact, session.run(feeds)["y"]) < 1e-4
+    ir.save(ir.from_onnx_text(shown), tmp_path / "g.onnx")
+    assert relative_error(exact, graph_session(tmp_path / "g.onnx", ["y"], threads=1).run(feeds)["y"]) < 1e-4
 
 
 def test_so_do_those_of_candidates(feeds: dict[str, np.ndarray], exact: np.ndarray) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from lehr.runtime.distribution import frechet_distance
 from lehr.runtime.errors import InvalidInput
-from lehr.runtime.parity import WORST, compare, relative_error, ssim
+from lehr.runtime.parity import WORST, compare, relative_error, sqnr_db, ssim
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
 RANGE = (-1.0, 1.0)
@@ -84,3 +84,9 @@ def test_frechet_distance_equals_the_formula_with_scipys_matrix_root():
 def test_frechet_distance_needs_two_samples_of_equal_width():
     with pytest.raises(InvalidInput, match="two samples"):
         frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+
+
+def test_the_reference_decides_the_error_and_extra_channels_are_left_out() -> None:
+    reference = np.ones((2, 1, 2, 2), np.float32)
+    learned = np.concatenate([reference * 1.1, np.full_like(reference, 50)], axis=1)
+    assert sqnr_db(reference, learned) == pytest.approx(20, abs=0.01)

@@ -30,9 +30,7 @@ _OF_LOOPS = ("budget", "target", "costs", "held_out", "features", "time_limit", 
     type=click.Path(path_type=Path),
     help="With --stage: text file in UTF-8, a prompt a line.  [default: a built-in list of plain prompts]",
 )
-@click.option(
-    "--budget", help="Instead of a recipe the loss to keep, as psnr>=35, ssim>=0.98, score_error<=0.02, fid<=1."
-)
+@click.option("--budget", help="Instead of a recipe the loss to keep, as psnr>=35, ssim>=0.98, sqnr>=40, fid<=1.")
 @click.option("--target", help="With --budget: the class of machine whose formats and costs count.  [default: a CPU]")
 @click.option(
     "--costs",
