@@ -274,7 +274,7 @@ def searches(
 
 def charged(rows: list[dict[str, Any]], bundle: Bundle) -> tuple[list[dict[str, Any]], float]:
     """Rows with shares of float32's multiplications and cost, and that cost."""
-    from lehr.calibration.budgeted import options_of
+    from lehr.calibration.options import options_of
 
     model = bundle.manifest.model
     found = layers(step_graph(bundle), model.default_sizes(batch=2), sample=model.sample.name)

@@ -23,7 +23,7 @@ from PIL import Image
 from lehr.calibration.budget import LEAST_FID, Budget, Measure
 from lehr.calibration.calibrate import Calibration, Data, gather, provenance, store
 from lehr.calibration.collected import cache_folder
-from lehr.calibration.configs import Config, Keep, Rounding, to_nearest
+from lehr.calibration.configs import Config
 from lehr.calibration.cost_model import Choices, Costs, Source, static_costs
 from lehr.calibration.end_search import with_schedules
 from lehr.calibration.ends import EndAsked, own_steps, with_ends
@@ -31,10 +31,11 @@ from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import STEPS, Fold, HeldOut, Settings
 from lehr.calibration.layers import Layer, layers
 from lehr.calibration.observers import Statistics, observe
+from lehr.calibration.options import as_options, options_of, recipes_for, roundable
 from lehr.calibration.pictures import draw_front, draw_sensitivity
 from lehr.calibration.problem import KEEP, Found, Plan, Problem
 from lehr.calibration.quantize import quantize
-from lehr.calibration.recipes import MIXED, POLICIES, mixed_recipe, needs_grams, plan_of, renamed
+from lehr.calibration.recipes import MIXED, mixed_recipe, needs_grams, plan_of, renamed
 from lehr.calibration.search import Progress, search, silent
 from lehr.calibration.timing import few_rows, measured_costs, step_milliseconds
 from lehr.calibration.tracks import evaluation_errors
@@ -157,7 +158,7 @@ def calibrate_to_budget(
     trajectories = gather(bundle, data)
     grams = [name for name, options in choices.items() if needs_grams(options)]
     statistics = observe(bundle, trajectories, grams=grams, threads=wish.threads)
-    choices = _roundable(choices, statistics)
+    choices = roundable(choices, statistics)
     apply = applied(bundle, choices, statistics)
     settings = Settings(num=wish.num, steps=wish.steps, seed=wish.seed, threads=wish.threads)
     place = (wish.folder or cache_folder().parent) / "held-out"
@@ -169,10 +170,14 @@ def calibrate_to_budget(
     costs = static_costs(found, choices, target=wish.target, rest=wish.rest)
     if wish.costs is Source.MEASURED:
         costs = _timed(wish, found, choices, apply, feeds, progress) or costs
+        choices = {
+            layer: {o: c for o, c in able.items() if o in costs.values[layer]} for layer, able in choices.items()
+        }
+    options = {name: as_options(plan, choices) for name, plan in uniform.items()}
     problem = Problem(
         budget=wish.budget,
         able={name: tuple(options) for name, options in choices.items()},
-        uniform={name: as_options(plan, choices) for name, plan in uniform.items()},
+        uniform={name: plan for name, plan in options.items() if plan},
         costs=costs,
         apply=apply,
         channel_weights=wish.channel_weights,
@@ -216,63 +221,6 @@ def calibrate_to_budget(
     return replace(budgeted, calibration=kept)
 
 
-# ------------------------------------------------------------------------------------------------------ options
-
-
-def recipes_for(target: Target | None, rest: Format, found: tuple[Layer, ...]) -> tuple[str, ...]:
-    """Shipped recipes whose formats a target has, and that quantise a layer of the graph.
-
-    Without a target, those that a CPU has integer kernels for.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    allowed = {*Format} if target is None else set(target.formats)
-    if target is None or not target.sm:  # CPUs emulate the others, which is slow and saves nothing
-        allowed &= {Format.INT8, Format.UINT8, Format.INT4, Format.FP32, Format.BF16}
-    able = [name for name in POLICIES if _needs(name, rest) <= allowed]
-    able = [name for name in able if any(POLICIES[name].takes(layer) for layer in found)]
-    if not able:
-        where = "this machine" if target is None else f"target {target.where!r}"
-        raise InvalidInput(
-            f"{where} has no quantised format for this model's layers, so there is nothing to search. "
-            "lehr list targets shows the formats."
-        )
-    return tuple(able)
-
-
-def _needs(name: str, rest: Format) -> set[Format]:
-    shipped = RECIPES[name]
-    arithmetic = rest if shipped.arithmetic is shipped.rest else shipped.arithmetic
-    return {shipped.weights, arithmetic, rest, *shipped.others}
-
-
-def options_of(found: tuple[Layer, ...], recipes: tuple[str, ...]) -> dict[str, dict[str, Config]]:
-    """What each layer can be made: as it is, or as one of some recipes would, whatever its role.
-
-    Where two recipes would make the same of a layer, the option bears the first one's name.
-    """
-    choices: dict[str, dict[str, Config]] = {}
-    for layer in found:
-        options: dict[str, Config] = {KEEP: Keep()}
-        for name in recipes:
-            config = POLICIES[name].configs.get(layer.kind)
-            if config is not None and config not in options.values():
-                options[name] = config
-        if len(options) > 1:
-            choices[layer.name] = options
-    return choices
-
-
-def as_options(plan: Mapping[str, Config], choices: Choices) -> dict[str, str]:
-    """Layer -> name of its option, for what a uniform recipe does."""
-    return {
-        layer: next(name for name, option in choices[layer].items() if to_nearest(option) == to_nearest(config))
-        for layer, config in plan.items()
-        if layer in choices
-    }
-
-
 def worst_score_error(bundle: Bundle, held_out: HeldOut, graph: ir.Model) -> float:
     """Of single evaluations, as parity judges an engine: on the recorded steps, else on a held-out loop."""
     session = OrtGraph(graph, threads=held_out.settings.threads)
@@ -284,19 +232,6 @@ def worst_score_error(bundle: Bundle, held_out: HeldOut, graph: ir.Model) -> flo
 
 def _quantised(plan: Plan) -> dict[str, str]:
     return {layer: option for layer, option in plan.items() if option != KEEP}
-
-
-def _roundable(choices: Choices, statistics: Statistics) -> dict[str, dict[str, Config]]:
-    """The same without rounding that needs products of inputs, in layers whose products were not gathered."""
-    return {
-        layer: {
-            option: replace(config, rounding=Rounding.NEAREST)
-            if needs_grams({layer: config}) and layer not in statistics.grams and not isinstance(config, Keep)
-            else config
-            for option, config in options.items()
-        }
-        for layer, options in choices.items()
-    }
 
 
 def applied(bundle: Bundle, choices: Choices, statistics: Statistics) -> Callable[[Plan], ir.Model]:

@@ -168,7 +168,10 @@ def _attention(rewrite: Rewrite, layer: Layer, config: Int8 | Float8) -> None:
     node, statistics = rewrite.node(layer), rewrite.statistics
     names = [str(value.name) for value in node.inputs[:3] if value is not None]
     query, key, value = (statistics.of(name).range_of(config.activation) for name in names)
+    readers = list(node.outputs[0].uses())
     decompose_attention(rewrite.model, [layer.name])
+    for reader, place in readers[:1]:
+        cast("ir.Value", reader.inputs[place]).name = layer.output  # whoever looks for the layer's result finds it
     pieces = [piece for piece in rewrite.model.graph if (piece.name or "").startswith(f"{layer.name}.")]
     by_query, by_probability = (piece for piece in pieces if piece.op_type == "MatMul")
     query *= _factor(by_query.inputs[0])

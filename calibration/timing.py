@@ -143,10 +143,11 @@ def measured_costs(
         on_layer: told how many of all different layers are timed.
 
     Returns:
-        The costs, in milliseconds; None if the deadline passed first.
+        The costs, in milliseconds, of the options that the library takes: OpenVINO refuses 4-bit blocks that do not
+        fill a layer's channels. None if the deadline passed first.
 
     Raises:
-        RunFailed: the library refuses a layer.
+        RunFailed: the library refuses a layer as it is.
     """
     library, compile_ = next(iter(libraries().items()))
     made = {option: make() for option, make in graphs.items()}
@@ -162,7 +163,11 @@ def measured_costs(
         if deadline is not None and time.monotonic() > deadline:
             return None
         first = alike[0]
-        sessions = {option: compile_(_cut(made[option], first), threads) for option in choices[first.name]}
+        sessions = {reference: compile_(_cut(made[reference], first), threads)}
+        for option in choices[first.name]:
+            session = None if option == reference else _attempt(compile_, _cut(made[option], first), threads)
+            if session is not None:
+                sessions[option] = session
         given = {name: inputs[name] for name in first.inputs}
         times = interleaved(sessions, dict.fromkeys(sessions, given))
         values |= {layer.name: dict(times) for layer in alike}

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from lehr.calibration import budgeted
 from lehr.calibration import search as module
 from lehr.calibration.budget import Budget, Losses, Measure
-from lehr.calibration.budgeted import as_options, options_of, recipes_for, saved
+from lehr.calibration.budgeted import saved
 from lehr.calibration.configs import Int8, Keep, WeightOnly
 from lehr.calibration.cost_model import GPU, Costs, Source, bits, rates, static_costs
 from lehr.calibration.execute import OrtGraph, step_graph
 from lehr.calibration.held_out import HeldOut, Settings
 from lehr.calibration.layers import Kind, Layer, layers
+from lehr.calibration.options import as_options, options_of, recipes_for
 from lehr.calibration.pictures import draw_front
 from lehr.calibration.problem import KEEP, Found, Problem
 from lehr.calibration.recipes import plan_of
