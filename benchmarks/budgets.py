@@ -9,8 +9,8 @@ loop of 20 steps, those with random weights on unit noise: their own loops end n
 process of its own (``lehr.engines.bench``); every Lehr engine is what ``lehr build --library auto`` keeps for a recipe,
 after ``lehr calibrate`` where the recipe asks for it ("int8-sq+bf16": what is not int8 computes in bf16; "sqnr>=41":
 the cheapest mixture that keeps a loss along the model's own loops). Lehr and the peers calibrate on the same inputs, of
-other seeds. Peers start from plain ``torch.onnx.export``; NNCF needs a Python
-that has it. Models are those of benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
+other seeds. Peers start from plain ``torch.onnx.export``; NNCF needs a Python that has it. Models are those of
+benchmarks/hoisted_precision.py. What a peer cannot do is recorded with its reason.
 ``--keep`` holds what was exported, calibrated and quantised for a later run; ``--prepare`` ends there, so that only
 builds and measurements need a quiet machine.
 """

@@ -173,11 +173,11 @@ def calibrate_to_budget(
         choices = {
             layer: {o: c for o, c in able.items() if o in costs.values[layer]} for layer, able in choices.items()
         }
-    options = {name: as_options(plan, choices) for name, plan in uniform.items()}
+    recipes = {name: as_options(plan, choices) for name, plan in uniform.items()}
     problem = Problem(
         budget=wish.budget,
         able={name: tuple(options) for name, options in choices.items()},
-        uniform={name: plan for name, plan in options.items() if plan},
+        uniform={name: plan for name, plan in recipes.items() if plan},
         costs=costs,
         apply=apply,
         channel_weights=wish.channel_weights,
